@@ -1,0 +1,40 @@
+"""The errors that mmqlora raises.
+
+Every one of them is a `MMQLoRAError`, so one ``except`` catches what this library objects to and nothing else.
+A message says what was given, what was expected, and what would fit.
+"""
+
+from __future__ import annotations
+
+
+class MMQLoRAError(Exception):
+    """Anything that mmqlora objects to.
+
+    Example:
+        >>> import mmqlora as mm
+        >>> try:
+        ...     mm.read_audio("no-such-file.wav")
+        ... except mm.MMQLoRAError as error:
+        ...     print(type(error).__name__)
+        MediaError
+    """
+
+
+class MediaError(MMQLoRAError):
+    """A video or audio file that is missing, damaged, empty, or that a decoder could not read in time."""
+
+
+class RegionError(MMQLoRAError):
+    """A module that belongs to no known region, or a pattern that matches nothing."""
+
+
+class QuantizationError(MMQLoRAError):
+    """A model that can't be found, loaded or quantized as asked."""
+
+
+class TrainingError(MMQLoRAError):
+    """A run that can't start or had to stop, such as one whose loss is no longer finite."""
+
+
+class RecordError(MMQLoRAError):
+    """A run record that is damaged, incomplete or missing."""
