@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+
 from mmqlora import quantization
 from mmqlora.datasets.speech import Speech
 from mmqlora.metrics import english_normalizer, word_error_rate
 from mmqlora.records import append_record, environment, make_record, read_records, run_id
 from mmqlora.training import fine_tune
 from mmqlora.whisper import FULL_WINDOW, collate, prepare, short_window, transcribe
-from peft import LoraConfig, get_peft_model
-from transformers import set_seed
 
 NAME = "first_qlora_run"
 MODEL = "openai/whisper-tiny.en"
@@ -182,14 +183,10 @@ def wanted(tuning: bool) -> list[tuple[dict[str, Any], int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="choose learning rates")
-    parser.add_argument(
-        "--arm", choices=[*ARMS, "zero-shot", "zero-shot-nf4"], help="only this arm, even where recorded"
-    )
+    parser.add_argument("--arm", choices=[*ARMS, "zero-shot", "zero-shot-nf4"], help="only this arm, recorded or not")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--every", type=int, default=1, help="take every Nth run ...")
-    parser.add_argument(
-        "--first", type=int, default=0, help="... from this one on, to share the grid between processes"
-    )
+    parser.add_argument("--first", type=int, default=0, help="... from this one on, to share the work")
     options = parser.parse_args()
     folder = Path(os.environ.get("MMQLORA_REAL", "../../shared/real")) / "speech"
     path = TUNING if options.tune else RECORDS

@@ -28,9 +28,6 @@ class ErrorRate:
         """All edits over all reference words, as speech papers report it; can be above 1."""
         return float(self.edits.sum() / max(1, self.lengths.sum()))
 
-    def __format__(self, spec: str) -> str:
-        return format(self.rate, spec or ".1%")
-
 
 def word_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], normalize: Callable[[str], str] | None = None

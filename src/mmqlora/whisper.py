@@ -108,7 +108,7 @@ def short_window(model: torch.nn.Module, window: float) -> Iterator[None]:
         )
 
     def use(table: torch.nn.Parameter) -> None:
-        encoder.embed_positions.weight = table
+        encoder.embed_positions.weight, encoder.embed_positions.num_embeddings = table, len(table)
         encoder.config.max_source_positions = encoder.max_source_positions = len(table)
 
     cut = whole if positions == len(whole) else torch.nn.Parameter(whole[:positions].clone(), requires_grad=False)
