@@ -263,7 +263,14 @@ def xclip() -> PreTrainedModel:
 
 
 PE_ENCODER = {**TRANSFORMER, "num_key_value_heads": 2, "head_dim": 32}
-PE_TEXT = {"model_type": "modernbert", **TRANSFORMER, **SPECIAL, "cls_token_id": 3, "sep_token_id": 4, "vocab_size": 256}
+PE_TEXT = {
+    "model_type": "modernbert",
+    **TRANSFORMER,
+    **SPECIAL,
+    "cls_token_id": 3,
+    "sep_token_id": 4,
+    "vocab_size": 256,
+}
 
 
 def pe_video_encoder() -> dict[str, object]:
@@ -595,5 +602,7 @@ def llama_text() -> PreTrainedModel:
 def gpt2() -> PreTrainedModel:
     # Its Linears are transformers' Conv1D, whose weight is the transpose.
     return tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+        tf.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
+        )
     )
