@@ -125,7 +125,9 @@ def test_in_place_is_from_pretrained_is_load(build, quant_type, double_quant, tm
         assert {k: v for k, v in mine.items() if k != "llm_int8_skip_modules"} == {
             k: v for k, v in other.items() if k != "llm_int8_skip_modules"
         }
-        assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in loaded.parameters()]
+        trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+        # transformers itself forgets on reading that Whisper's sinusoids are frozen
+        assert trainable[0] ^ trainable[1] <= {"model.encoder.embed_positions.weight"}
 
 
 @pytest.mark.skipif(not WHISPER_TINY.is_dir(), reason="no real Whisper: set MMQLORA_REAL")
@@ -272,9 +274,19 @@ def test_odd_widths_quantized_elsewhere_are_read_rightly(tmp_path):
     assert type(loaded.get_submodule(name)) is nn.Linear
     assert torch.allclose(loaded.get_submodule(name).weight, flat_reference(weight), atol=1e-6)
     assert "rows of 200" in {layer.name: layer.why for layer in q.quantization_report(loaded).layers}[name]
-    loaded.save_pretrained(tmp_path / "again")
-    again, _ = q.load(tmp_path / "again")
-    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_a_model_freed_of_odd_widths_can_be_saved(tmp_path):
+    llama(intermediate_size=200).save_pretrained(tmp_path / "16")
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "16", dtype=torch.float32, quantization_config=bnb_config("nf4", llm_int8_skip_modules=["lm_head"])
+    )
+    assert set(q.close_cpu_traps(model)) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    assert q.close_cpu_traps(model) == {}
+    model.save_pretrained(tmp_path / "4")
+    loaded, _ = q.load(tmp_path / "4")
+    assert_same_state(loaded, model)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX512 to show the fault")
@@ -522,4 +534,4 @@ def test_every_architecture_quantizes(name):
     report = q.quantize(model)
     done = [layer for layer in report.layers if not layer.why]
     assert done and max(layer.error for layer in done) < 0.13
-    assert all(layer.region in q.REGION_NAMES for layer in report.layers)
+    assert all(layer.region in q.REGIONS for layer in report.layers)

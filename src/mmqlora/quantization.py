@@ -35,7 +35,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mmqlora.errors import QuantizationError
+from mmqlora.errors import QuantizationError, RegionError
+from mmqlora.regions import REGIONS, regions
 
 # On import bitsandbytes warns that an optional kernel from the hub is missing; nothing here needs one.
 _bnb_logger = logging.getLogger("bitsandbytes")
@@ -48,7 +49,6 @@ _bnb_logger.setLevel(_level)
 logger = logging.getLogger("mmqlora")
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
-REGION_NAMES = ("vision", "audio", "fusion", "text")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class QuantizationReport:
             }
         )
         summary["quantized"] = summary["quantized"].fillna(0).astype(int)
-        return summary.sort_index(key=lambda names: [(*REGION_NAMES, "?").index(name) for name in names])
+        return summary.sort_index(key=lambda names: [(*REGIONS, "?").index(name) for name in names])
 
     def left_alone(self) -> pd.DataFrame:
         """A row per reason why layers were left alone: how many layers, their MiB, and one of them as an example."""
@@ -319,8 +319,8 @@ def close_cpu_traps(model: nn.Module) -> dict[str, str]:
     - On processors with AVX512-BF16 a 4-bit layer in evaluation mode repacks its weights for good: its output moves,
       training afterwards fails, and what is saved has drifted. This switches that off, layer by layer.
     - Blocks run over the flattened matrix, but the kernel for AVX512 reads them row by row, so where d_in is a multiple
-      of 16 and not of 64 (96, 4304) it takes wrong scales. On every CPU this reads
-      layers with d_in not a multiple of 64 as they were written and puts a plain Linear in their place.
+      of 16 and not of 64 (96, 4304) it takes wrong scales. On every CPU this reads layers with d_in not a multiple
+      of 64 as they were written and puts a plain Linear in their place.
 
     Args:
         model: any model. Changed in place.
@@ -458,7 +458,7 @@ def _left_alone(
 
 
 def _matching(model: nn.Module, linears: dict[str, nn.Module], pattern: str) -> list[str]:
-    if pattern in REGION_NAMES:
+    if pattern in REGIONS:
         inside = _regions(model)
         hits = [name for name in linears if inside.get(name) == pattern]
         fits = sorted({inside[name] for name in linears if name in inside})
@@ -478,10 +478,8 @@ def _matching(model: nn.Module, linears: dict[str, nn.Module], pattern: str) -> 
 def _regions(model: nn.Module) -> dict[str, str]:
     """Region of every Linear; empty for a model whose regions are unknown."""
     try:
-        from mmqlora.regions import regions
-
         return dict(regions(model))
-    except Exception as error:
+    except RegionError as error:
         logger.info("regions unknown: %s", error)
         return {}
 
@@ -533,7 +531,7 @@ def _converted(module: nn.Module, config: BitsAndBytesConfig) -> tuple[nn.Module
     kind = bnb.nn.Int8Params if config.load_in_8bit else bnb.nn.Params4bit
     settings = {key: value for key, value in vars(new.weight).items() if key != "SCB"}
     new.weight = kind(weight, requires_grad=False, **settings).to(weight.device)
-    new.bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
+    new.bias = module.bias
     new.source_cls = type(module)  # transformers looks at it to undo the transposition of a Conv1D
     new.support_avx512bf16_for_cpu = False  # see close_cpu_traps
     weight = weight.float()
