@@ -7,11 +7,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PINNED := torch==2.14.1 torchvision==0.29.1 torchaudio==2.11.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2
 
-.PHONY: book test test-book serve check tidy lock clean
+.PHONY: book test test-book serve links check tidy lock clean
 
 book: $(INSTALLED)
-	@$(BIN)/python tools/book.py execute
-	@$(BIN)/python tools/book.py render
+	@$(BIN)/python tools/book.py build
 
 test: $(INSTALLED)
 	@$(BIN)/python tools/book.py execute
@@ -20,11 +19,15 @@ test: $(INSTALLED)
 
 # Looks at the rendered book in Chromium, which has to be on the machine.
 test-book: book
-	@echo "Looking at the book in Chromium"
+	@echo "Looking at the book's pages in Chromium"
 	@$(BIN)/python -m pytest tests/book
 
 serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html
+
+# Asks every link of the book whether it still leads somewhere; needs a network.
+links: book
+	@$(BIN)/jupyter-book build --builder linkcheck --path-output .book/links .book/site
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Execute and render the book: `python tools/book.py execute|render|colab`.
+"""Execute the chapters; build the book; give chapters their cell for Colab: `python tools/book.py execute|build|colab`.
 
 A chapter is executed once. What it gave is kept in .book/executed under a key made of all that the result depends on:
 the chapter's code, the library, the records, the lock, the Python and the machine's models. Text can change freely.
@@ -105,9 +105,8 @@ def run(chapter: Path, result: Path) -> bool:
     return True
 
 
-def execute() -> int:
+def execute(shared: str) -> bool:
     EXECUTED.mkdir(parents=True, exist_ok=True)
-    shared = shared_key()
     results = {chapter: executed_path(chapter, shared) for chapter in chapters()}
     stale = {chapter: result for chapter, result in results.items() if not result.exists()}
     print(f"Chapters: {len(stale)} to execute, {len(results) - len(stale)} unchanged", flush=True)
@@ -115,22 +114,17 @@ def execute() -> int:
         passed = list(pool.map(run, stale, stale.values()))
     if not all(passed):
         print("Failed: " + ", ".join(chapter.stem for chapter, good in zip(stale, passed, strict=True) if not good))
-    return 0 if all(passed) else 1
+    return all(passed)
 
 
-def render() -> int:
+def render(shared: str) -> bool:
     """Put the outputs into the chapters as they are now and render them to _build/html."""
     site = SCRATCH / "site"
-    shared = shared_key()
     wanted = {Path("_config.yml"): b"", Path("_toc.yml"): b""}
     wanted |= {path.relative_to(ROOT): b"" for path in (ROOT / "book").rglob("*") if path.is_file()}
     for chapter in chapters():
         notebook = nbformat.read(chapter, as_version=4)
-        result = executed_path(chapter, shared)
-        if not result.exists():
-            print(f"{chapter.stem} has not been executed: run `python tools/book.py execute`")
-            return 1
-        ran = nbformat.read(result, as_version=4)
+        ran = nbformat.read(executed_path(chapter, shared), as_version=4)
         for cell, done in zip(code_cells(notebook), code_cells(ran), strict=True):
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
         notebook.metadata.language_info = ran.metadata.language_info
@@ -145,11 +139,15 @@ def render() -> int:
             (site / name).write_bytes(content)
     print("Rendering to _build/html", flush=True)
     command = [Path(sys.executable).with_name("jupyter-book"), "build", "-W", "-n", "--keep-going", "-q"]
-    done = subprocess.run([*command, "--path-output", ROOT, site], cwd=ROOT, env=environment())
+    # stdout holds Jupyter Book's banners; the warnings are on stderr.
+    done = subprocess.run([*command, "--path-output", ROOT, site], env=environment(), stdout=subprocess.DEVNULL)
     if done.returncode:
         # Sphinx says a warning only when it reads the page: forget what it read, or the next run would pass.
-        shutil.rmtree(ROOT / "_build", ignore_errors=True)
-    return done.returncode
+        shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
+        print("Failed: the warnings above count as errors")
+        return False
+    print("The book is in _build/html/index.html")
+    return True
 
 
 @contextmanager
@@ -165,15 +163,17 @@ def alone() -> Iterator[None]:
         yield
 
 
-def colab() -> int:
-    for chapter in chapters():
-        write_colab_cell(chapter)
-    return 0
+def main(command: str) -> bool:
+    if command == "colab":
+        for chapter in chapters():
+            write_colab_cell(chapter)
+        return True
+    with alone():
+        shared = shared_key()
+        return execute(shared) and (command == "execute" or render(shared))
 
 
 if __name__ == "__main__":
-    commands = {"execute": execute, "render": render, "colab": colab}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+    if len(sys.argv) != 2 or sys.argv[1] not in ("execute", "build", "colab"):
         sys.exit(__doc__)
-    with alone():
-        sys.exit(commands[sys.argv[1]]())
+    sys.exit(not main(sys.argv[1]))

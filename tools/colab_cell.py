@@ -25,7 +25,7 @@ if "COLAB_RELEASE_TAG" in os.environ:
     if found := re.search(r"github\\.com/([^/]+/[^/]+)/blob/(.+)/book/", opened):
         REPOSITORY, BRANCH = found.groups()
     if not REPOSITORY:
-        raise SystemExit("Set REPOSITORY above to this book's 'owner/name' on GitHub and run the cell again.")
+        raise RuntimeError("Set REPOSITORY above to this book's 'owner/name' on GitHub and run the cell again.")
     folder = "/content/mmqlora"
     if not os.path.isdir(folder):
         source = f"https://github.com/{REPOSITORY}.git"

@@ -1,0 +1,121 @@
+"""The rendered book, as a reader's browser sees it. Run by `make test-book`, which renders the book first."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+HTML = ROOT / "_build" / "html"
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
+EXTRA = ["index", "search", "genindex"]
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+PHONE, DESK = {"width": 390, "height": 800}, {"width": 1440, "height": 900}
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=HTML))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.fail("no Chromium found: install it, or name it in the variable CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def visit(page: Page, url: str) -> list[str]:
+    """Load a page; return what went wrong on the way."""
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
+    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    page.on("response", lambda answer: wrong.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None)
+
+    def own_host(request) -> None:
+        if urlsplit(request.url).scheme not in ("data", "blob") and urlsplit(request.url)[:2] != urlsplit(url)[:2]:
+            wrong.append(f"another host: {request.url}")
+
+    page.on("request", own_host)
+    page.goto(url, wait_until="networkidle")
+    if page.locator(".math").count():
+        page.wait_for_function("window.MathJax && MathJax.startup.promise && MathJax.startup.promise.then(() => true)")
+    return wrong
+
+
+@pytest.mark.parametrize("place, theme", [("http", "light"), ("file", "dark")])
+@pytest.mark.parametrize("name", PAGES + EXTRA)
+def test_page_loads_alone_and_fits_a_phone(browser: Browser, server: str, name: str, place: str, theme: str) -> None:
+    page = browser.new_page(viewport=PHONE, color_scheme=theme)
+    wrong = visit(page, f"{server if place == 'http' else HTML.as_uri()}/{name}.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    width, screen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    page.close()
+    assert not wrong, "\n".join(wrong)
+    assert width <= screen, f"{name} is {width} px wide on a screen of {screen} px"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_accessible(browser: Browser, server: str, name: str, theme: str) -> None:
+    page = browser.new_page(viewport=DESK, color_scheme=theme)
+    visit(page, f"{server}/{name}.html")
+    # What is folded has to be accessible too.
+    page.evaluate("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
+    tags = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
+    results = Axe().run(page, options=tags)
+    page.close()
+    assert not results.violations_count, results.generate_report()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_images_say_what_they_show(browser: Browser, server: str, name: str) -> None:
+    page = browser.new_page()
+    visit(page, f"{server}/{name}.html")
+    images = page.eval_on_selector_all("article img", "all => all.map((e) => [e.getAttribute('src'), e.alt])")
+    page.close()
+    for source, alt in images:
+        assert alt.strip(), f"{source} has no alternative text"
+        assert not re.search(r"\.(png|svg|jpe?g|gif)$", alt), f"the alternative text of {source} is a file name: {alt}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_internal_links_lead_somewhere(browser: Browser, server: str, name: str) -> None:
+    page = browser.new_page()
+    visit(page, f"{server}/{name}.html")
+    links = page.eval_on_selector_all("a[href]", "all => all.map((e) => e.href)")
+    page.close()
+    own = [urlsplit(link) for link in links if link.startswith(server)]
+    assert own
+    for link in own:
+        target = HTML / unquote(link.path).lstrip("/")
+        assert target.is_file(), f"{link.geturl()} leads nowhere"
+        if link.fragment and target.suffix == ".html":
+            assert re.search(rf'(id|name)="{re.escape(unquote(link.fragment))}"', target.read_text()), link.geturl()
