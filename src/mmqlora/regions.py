@@ -30,21 +30,27 @@ REGIONS = ("vision", "audio", "fusion", "text")
 # What `input_modalities` and `main_input_name` may say. The latter is matched from its start: `pixel_values_videos`.
 EATS = {"image": "vision", "video": "vision", "audio": "audio", "text": "text"}
 EATS_INPUT = {"pixel_values": "vision", "input_features": "audio", "input_values": "audio", "input_ids": "text"}
-# Read only where a class declares nothing, or only what its whole family eats (Gemma 4's and Qwen2.5-VL's towers).
-CALLED = {"vision": r"vision|image|video", "audio": r"audio|speech", "text": r"text|causallm"}
+# Read only where that does not settle it: Gemma 4's and Qwen2.5-VL's towers repeat what their whole family eats.
+CALLED = {"vision": r"vision|image|video", "audio": r"audio|speech", "text": r"text"}
 
-# Names of attributes or classes.
-JOINT = re.compile(r"project(or|ion)|connector|resampler|aligner|adapt[eo]r|modalembedder|contrastivehead", re.I)
-CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?attn|cross_?attention|EncDecAttention", re.I)
+JOINT = re.compile(r"project(or|ion)|connector|resampler|q_?former|aligner|adapt[eo]r", re.I)
+JOINT_CLASS = re.compile(rf"{JOINT.pattern}|modalembedder|contrastivehead", re.I)
+CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?attn|cross_?attention|encoder_decoder_attention", re.I)
 
-# "Class of the owner.attribute" -> region, where the rule alone has no answer or another one than a person's.
+# "Class of the owner.attribute" -> region, where the rule has no answer, or another one than a person's.
 EXCEPTIONS = {
-    r"\w+\.(deepstack_)?merger(_list)?": "fusion",  # Qwen-VL and its kin keep the projector inside the vision tower,
-    r"Qwen\w+AudioEncoder\.proj[12]?": "fusion",  # and Qwen-Omni another inside the audio tower
-    r"\w+\.q_?former": "fusion",  # a model of its own, but one that eats what a tower made
-    r"XCLIPModel\.(mit|prompts_generator)": "fusion",  # attention over frames; frames rewrite the text's features
-    r"PeAudioVideoEncoder\.(embedder|layers|output)": "fusion",  # a transformer over audio and video side by side
-    r"GitModel\.encoder": "text",  # the language model lies in the open, beside the vision tower
+    # Qwen-VL and its kin keep the projector inside the vision tower, Qwen-Omni another inside the audio tower.
+    r"\w+\.((deepstack_)?merger(_list)?|connector)": "fusion",
+    r"Qwen\w+AudioEncoder\.proj[12]?": "fusion",
+    # Attention over frames, and frames that rewrite the text's features.
+    r"XCLIPModel\.(mit|prompts_generator)": "fusion",
+    # A transformer over audio and video side by side.
+    r"PeAudioVideoEncoder\.(embedder|layers|output)": "fusion",
+    # The language model is no model of its own, but lies in the open beside the vision tower.
+    r"GitModel\.encoder": "text",
+    # Encoder and decoder declare what their whole family eats.
+    r"Speech2TextModel\.encoder": "audio",
+    r"Speech2TextModel\.decoder|SpeechT5DecoderWithTextPrenet\.wrapped_decoder": "text",
 }
 
 
@@ -122,6 +128,8 @@ class Regions(Mapping[str, str]):
 
         A list of names would not do: PEFT reads those as suffixes, so that ``encoder.layers.0.fc1`` also adapts
         ``decoder.encoder.layers.0.fc1``. The output embedding is part of ``"text"``; exclude it where it is tied.
+        Models of experts (such as Qwen3-Omni) are the other way round: there PEFT 0.21 keeps only the last part of the
+        names that a pattern matches, and adapts other regions too. Give it the list, ``parts.of("audio")``.
 
         Args:
             names: one or more regions.
@@ -231,7 +239,7 @@ def _walk(
         return
     seen.add(id(module))
     yield name, module, region
-    owns_joints = region is None and (not name or isinstance(module, PreTrainedModel))
+    between = region == "fusion" or (region is None and (not name or isinstance(module, PreTrainedModel)))
     for attribute, child in module.named_children():
         child, below, child_reads = _unwrap(child), region, reads
         eats = _eats(child)
@@ -239,14 +247,14 @@ def _walk(
             below = "text"
         elif exception := _exception(f"{type(module).__name__}.{attribute}"):
             below = exception
+        elif between and (JOINT.search(attribute) or (not eats and JOINT_CLASS.search(type(child).__name__))):
+            below = "fusion"
         elif eats:
             below = _only(eats)
-            if region is None and below == "text":
-                child_reads = not _has_encoder(child)
-        elif owns_joints and JOINT.search(f"{attribute} {type(child).__name__}"):
-            below = "fusion"
         elif reads and region == "text" and CROSS_ATTENTION.search(attribute):
             below = "fusion"
+        if region is None and below == "text":
+            child_reads = not _has_encoder(child)
         yield from _walk(child, f"{name}.{attribute}".strip("."), below, heads, seen, child_reads)
 
 
@@ -254,17 +262,15 @@ def _eats(module: nn.Module) -> set[str]:
     """Return the regions that a model and the models in it are made for; empty where nothing says so."""
     if not isinstance(module, PreTrainedModel):
         return set()
-    declared = _declared(type(module))
     inner = set().union(*(_eats(model) for model in _inner_models(module)))
     # A language model is not always a model of its own (GIT): the token embedding gives it away.
-    reads_tokens = {"text"} if _embeds_tokens(module) else set()
-    if inner:
-        return inner | reads_tokens | (declared if len(declared) == 1 else set())
-    if len(declared) == 1 or (reads_tokens and not declared):
-        return declared or reads_tokens
+    tokens = {"text"} if _embeds_tokens(module) else set()
+    eats = inner | tokens | _declared(type(module))
+    if len(eats) == 1 or len(inner) > 1:
+        return eats
     called = f"{type(module).__name__} {type(module.config).__name__}"
     hints = {region for region, words in CALLED.items() if re.search(words, called, re.I)}
-    return hints if len(hints) == 1 else set()
+    return hints if len(hints) == 1 and inner | tokens <= hints else eats
 
 
 def _declared(model_class: type) -> set[str]:
