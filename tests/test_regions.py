@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mmqlora.errors import RegionError
-from mmqlora.regions import REGIONS, regions
+from mmqlora.regions import EXCEPTIONS, REGIONS, regions
 
 # Written by hand from the models' source. The first pattern that matches a name decides.
 LLAVA = {
@@ -332,6 +332,59 @@ def test_cross_attention_is_fusion_only_where_it_reads_another_tower() -> None:
     assert {region for name, region in decoder.items() if ".encoder_attn." not in name} == {"text"}
 
 
+def test_families_that_declare_the_same_for_encoder_and_decoder() -> None:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 256}
+    with torch.device("meta"):
+        config = tf.Speech2TextConfig(**layers, **widths, d_model=64, conv_channels=64)
+        speech2text = tf.Speech2TextForConditionalGeneration(config)
+        config = tf.SpeechT5Config(
+            **layers, **widths, hidden_size=64, conv_dim=(64,), conv_stride=(5,), conv_kernel=(10,)
+        )
+        speecht5 = tf.SpeechT5ForSpeechToText(config)
+    for model, encoder, decoder in [
+        (speech2text, "model.encoder.", "model.decoder."),
+        (speecht5, "speecht5.encoder.", "speecht5.decoder."),
+    ]:
+        for name, region in regions(model).items():
+            if name.startswith(encoder):
+                assert region == "audio", name
+            elif ".encoder_attn." in name:
+                assert region == "fusion", name
+            else:
+                assert name.startswith(decoder) or name.endswith("lm_head")
+                assert region == "text", name
+
+
+def test_a_joint_may_be_a_model_that_declares_what_it_was_made_from() -> None:
+    with torch.device("meta"):
+        config = tf.Idefics2Config(
+            vision_config=PICTURE,
+            perceiver_config={"resampler_n_latents": 4, "resampler_depth": 1, "hidden_size": 64},
+            text_config={"model_type": "mistral", **DECODER},
+        )
+        model = tf.Idefics2ForConditionalGeneration(config)
+    found = regions(model)
+    assert isinstance(model.model.connector.perceiver_resampler, tf.PreTrainedModel)
+    assert {region for name, region in found.items() if ".connector." in name} == {"fusion"}
+
+
+@pytest.mark.parametrize("pattern", [p for p in EXCEPTIONS if "Speech" not in p])
+def test_every_exception_is_needed(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(EXCEPTIONS, pattern)
+
+    def wrong(name: str) -> bool:
+        try:
+            return any(
+                region != EXPECTED[name][next(p for p in EXPECTED[name] if fnmatchcase(module, p))]
+                for module, region in regions(build_on_meta(name)).items()
+            )
+        except RegionError:
+            return True
+
+    assert any(wrong(name) for name in ARCHITECTURES)
+
+
 def test_what_is_left_of_a_family_is_not_called_by_the_family() -> None:
     config = ARCHITECTURES["Whisper"]().config
     with torch.device("meta"):
@@ -366,7 +419,7 @@ def test_unknown_modules_raise_with_the_override_to_type() -> None:
     with pytest.raises(RegionError) as caught:
         regions(model)
     message = str(caught.value)
-    assert message.startswith("3 Linears of this Mixed")
+    assert message.startswith("This Mixed does not say where 3 of its ")
     assert 'mm.regions(model, overrides={r"stack\\..*": "fusion", r"score": "fusion"})' in message
     assert "eye" not in message and "language" not in message
     found = regions(model, overrides=follow_printed_override(caught.value))
@@ -401,9 +454,9 @@ def test_models_that_mix_inside_one_stack_or_read_pixels_bare_are_not_guessed() 
                 **TRANSFORMER, vocab_size=256, patch_size=8, text_config={"model_type": "persimmon", **TRANSFORMER}
             )
         )
-    with pytest.raises(RegionError, match=r"of this ViltModel are in no region"):
+    with pytest.raises(RegionError, match="This ViltModel does not say"):
         regions(vilt)
-    with pytest.raises(RegionError, match=r"1 Linears of this FuyuForCausalLM"):
+    with pytest.raises(RegionError, match="This FuyuForCausalLM does not say where 1 of its"):
         regions(fuyu)
 
 

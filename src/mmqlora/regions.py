@@ -2,13 +2,13 @@
 
 The rule, which runs nothing and reads no weights:
 
-1.  A model is made of models. Each one says what it eats: transformers' ``input_modalities`` or ``main_input_name``,
-    as the nearest class of its own declares them, or a token embedding. One that eats a single thing is a **tower**,
-    and all below it is ``vision``, ``audio`` or ``text``.
-2.  What lies between towers and is named like a joint (projector, connector, merger, Q-Former, ...) is ``fusion``, and
-    so is the cross attention by which a text decoder reads another tower. The output embedding is ``text``.
-3.  `EXCEPTIONS` holds the few places where that is not what a person would say. Whatever is still without a
-    region is an error that shows the override to type, never a guess.
+1.  A model is made of models, and each says what it eats: by transformers' ``input_modalities`` or
+    ``main_input_name``, or by a token embedding. One that eats a single thing is a **tower**, and all that is in it is
+    ``vision``, ``audio`` or ``text``.
+2.  What lies between towers and is named like a joint (projector, connector, Q-Former, ...) is ``fusion``, and so is
+    the cross attention by which a text decoder reads another tower. The output embedding is ``text``.
+3.  `EXCEPTIONS` holds the few places where that is not what a person would say. Whatever is still without a region
+    is an error that shows the override to type, never a guess.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?attn|cross_?attention|encoder
 # "Class of the owner.attribute" -> region, where the rule has no answer, or another one than a person's.
 EXCEPTIONS = {
     # Qwen-VL and its kin keep the projector inside the vision tower, Qwen-Omni another inside the audio tower.
-    r"\w+\.((deepstack_)?merger(_list)?|connector)": "fusion",
+    r"\w+\.(deepstack_)?merger(_list)?": "fusion",
     r"Qwen\w+AudioEncoder\.proj[12]?": "fusion",
     # Attention over frames, and frames that rewrite the text's features.
     r"XCLIPModel\.(mit|prompts_generator)": "fusion",
@@ -400,10 +400,10 @@ def _unplaced(model: nn.Module, placed: Mapping[str, str | None], limit: int = 1
     more = f"\n    and {len(groups) - limit} more" if len(groups) > limit else ""
     total = sum(map(len, groups.values()))
     return (
-        f"{total} Linears of this {type(model).__name__} are in no region that its structure declares:\n"
+        f"This {type(model).__name__} does not say where {total} of its {len(placed)} Linears belong:\n"
         + "\n".join(lines)
         + more
-        + "\nSay what they are; put vision, audio, fusion or text for each:\n"
+        + "\nSay so, with vision, audio, fusion or text for each, as in:\n"
         + f"    mm.regions(model, overrides={{{', '.join(overrides)}}})"
     )
 
