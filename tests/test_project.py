@@ -22,10 +22,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "tools"), str(ROOT / "book" / "_ext")]
 
-import book as book_tool  # noqa: E402
 import book_site  # noqa: E402
 import colab_cell  # noqa: E402
 
+import book as book_tool  # noqa: E402
 import mmqlora  # noqa: E402
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
