@@ -28,6 +28,7 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mmqlora import quantization as q
 from mmqlora.errors import QuantizationError
@@ -118,6 +119,7 @@ def test_in_place_is_from_pretrained_is_load(build, quant_type, double_quant, tm
         assert torch.equal(logits(ours), expected)
         for name in ("is_quantized", "quantization_method"):
             assert getattr(ours, name) == getattr(theirs, name)
+        assert type(ours.hf_quantizer) is type(theirs.hf_quantizer)
         for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             assert getattr(ours, name, False) == getattr(theirs, name, False)
         assert ours.num_parameters() == theirs.num_parameters()
@@ -149,7 +151,6 @@ def test_in_place_is_from_pretrained_on_whisper_tiny():
 @pytest.mark.parametrize("build", [whisper, llama, gpt2])
 def test_saved_and_read_by_plain_from_pretrained(build, quant_type, tmp_path):
     model = build()
-    # One exclusion that is a suffix of many names, so that an unanchored skip list would take them all.
     q.quantize(model, quant_type, exclude=r"layers\.1\..*fc1$|layers\.1\.mlp\.up_proj|h\.1\.mlp\.c_fc")
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -159,6 +160,13 @@ def test_saved_and_read_by_plain_from_pretrained(build, quant_type, tmp_path):
     assert torch.equal(logits(again), expected)
     loaded, _ = q.load(tmp_path)  # a checkpoint that is quantized already stays what it is
     assert torch.equal(logits(loaded), expected)
+
+
+def test_the_skip_list_names_one_layer_even_where_names_end_alike():
+    model = nn.ModuleDict({"fc": nn.Linear(64, 64), "inner": nn.ModuleDict({"fc": nn.Linear(64, 64)})})
+    for kept, other in (("fc", "inner.fc"), ("inner.fc", "fc")):
+        skip = q._skip_list(model, [kept])
+        assert not should_convert_module(kept, skip) and should_convert_module(other, skip)
 
 
 def test_fp16_and_bf16_models_quantize_like_from_pretrained(tmp_path):
@@ -248,21 +256,21 @@ def test_every_round_trip_is_right_or_the_layer_is_left_alone(rows, columns, see
 
 
 def test_whole_blocks_are_always_quantized_and_odd_widths_said_so(tmp_path):
-    model = llama(intermediate_size=200)
+    model = llama(intermediate_size=208)
     model.save_pretrained(tmp_path)
     loaded, _ = q.load(tmp_path)
     report = q.quantize(model)
     for done in (report, q.quantization_report(loaded)):
         why = {layer.name: layer.why for layer in done.layers}
         odd = [name for name in why if name.endswith("down_proj")]
-        assert len(odd) == 2 and all("rows of 200" in why[name] for name in odd)
+        assert len(odd) == 2 and all("rows of 208" in why[name] for name in odd)
         assert [name for name in why if why[name]] == [*odd, "lm_head"]
     assert_same_state(loaded, model)
 
 
 def test_odd_widths_quantized_elsewhere_are_read_rightly(tmp_path):
     """A checkpoint as a GPU writes it: flat blocks also where rows are not whole blocks."""
-    original = llama(intermediate_size=200)
+    original = llama(intermediate_size=208)
     original.save_pretrained(tmp_path / "16")
     stored = LlamaForCausalLM.from_pretrained(
         tmp_path / "16", dtype=torch.float32, quantization_config=bnb_config("nf4", double_quant=False)
@@ -273,11 +281,11 @@ def test_odd_widths_quantized_elsewhere_are_read_rightly(tmp_path):
     weight = original.get_submodule(name).weight
     assert type(loaded.get_submodule(name)) is nn.Linear
     assert torch.allclose(loaded.get_submodule(name).weight, flat_reference(weight), atol=1e-6)
-    assert "rows of 200" in {layer.name: layer.why for layer in q.quantization_report(loaded).layers}[name]
+    assert "rows of 208" in {layer.name: layer.why for layer in q.quantization_report(loaded).layers}[name]
 
 
 def test_a_model_freed_of_odd_widths_can_be_saved(tmp_path):
-    llama(intermediate_size=200).save_pretrained(tmp_path / "16")
+    llama(intermediate_size=208).save_pretrained(tmp_path / "16")
     model = LlamaForCausalLM.from_pretrained(
         tmp_path / "16", dtype=torch.float32, quantization_config=bnb_config("nf4", llm_int8_skip_modules=["lm_head"])
     )
