@@ -15,6 +15,7 @@ fifth of a second. Requests are lines of JSON on stdin; replies are lines of JSO
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -98,19 +99,37 @@ def serve(requests: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
         # frame before in the place of one that it could not decode.
         return VideoReader(path, height=size[0], width=size[1], num_threads=1, fault_tol=1e-9)
 
-    def decoded(indices: Any) -> Any:
+    def one_by_one(indices: Any, end: float = math.inf) -> Iterator[Any]:
+        """Decode frames singly. Stop at one that fails again and again, or when time is out."""
         nonlocal reader
+        reader, tries, since = opened(), 0, time.monotonic()
+        done = 0
+        while done < len(indices) and time.monotonic() < end:
+            try:
+                frame = reader[int(indices[done])].asnumpy()
+            except Exception:
+                # decord reads ahead, and where it meets a damaged frame it may drop good ones that are still in work,
+                # more of them the busier the machine. A new reader goes on from here.
+                tries += 1
+                if tries >= 3 and time.monotonic() > since + 1:
+                    return
+                time.sleep(0.005)  # to meet another moment
+                reader = opened()
+                continue
+            done, tries, since = done + 1, 0, time.monotonic()
+            # decord takes the padding at the end of a row for more channels where the padded length is a multiple of
+            # the width: 8, 16, 24, 48 and 72 pixels, among others.
+            height, width, _ = frame.shape
+            yield frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+    def decoded(indices: Any) -> Any:
         try:
             return reader.get_batch(indices).asnumpy()
-        except Exception as error:
-            if "from_size == to_size" not in str(error):
+        except Exception:
+            frames = list(one_by_one(indices))
+            if len(frames) < len(indices):
                 raise
-        # decord takes the padding at the end of a row for more channels where the padded length is a multiple of the
-        # width: 8, 16, 24, 48 and 72 pixels, among others. Single frames come with the padding, which is cut off.
-        reader = opened()
-        rows = np.stack([reader[int(index)].asnumpy() for index in indices])
-        count, height, width, _ = rows.shape
-        return rows.reshape(count, height, -1)[:, :, : 3 * width].reshape(count, height, width, 3)
+            return np.stack(frames)
 
     def reply(message: dict[str, Any], *arrays: Any) -> None:
         out.write(json.dumps(message).encode() + b"\n")
@@ -140,17 +159,9 @@ def serve(requests: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
                     reply({"shape": frames.shape}, frames)
             else:
                 end = time.monotonic() + request["decodable"]
-                reader, size = None, (64, 64)
-                reader = opened()
-                count, late = 0, False
-                try:
-                    while count < len(reader) and not late:
-                        reader.next()
-                        count += 1
-                        late = time.monotonic() > end
-                except Exception:
-                    pass  # the first bad one
-                reply({"decodable": count, "sure": not late})
+                size = (64, 64)
+                count = sum(1 for _ in one_by_one(np.arange(len(reader)), end))
+                reply({"decodable": count, "sure": time.monotonic() < end})
         except Exception as error:
             reply({"error": f"{type(error).__name__}: {error}"})
 

@@ -202,7 +202,7 @@ def read_video(
             # An empty choice decodes one frame all the same: only the decoder knows the size of a rotated one.
             pixels = decoder.read(indices if indices.size else np.array([0]))[: len(indices)]
         except _Refused as error:
-            raise _incomplete(decoder, name, total, timeout, str(error)) from None
+            raise _incomplete(decoder, name, total, timeout, decoder.reason(str(error))) from None
         notes = decoder.complaints()
     if promised != count:
         notes.append(f"the container announces {promised} frames and holds {count}")
@@ -576,8 +576,9 @@ class _Decoder:
                 clean = True
             except _Refused as error:
                 clean = True
+                why = self.reason(str(error))
                 raise MediaError(
-                    f"{name}: can't read this as video ({self.reason(str(error))}); a whole MP4, AVI, MKV or WebM would do"
+                    f"{name}: can't read this as video ({why}); use a whole MP4, AVI, MKV or WebM"
                 ) from None
             except MediaError:
                 clean = True
@@ -657,6 +658,8 @@ class _Decoder:
         """Put the decoder's error into words: what it printed says more than decord's own 'Error reading'."""
         if "cannot find video stream" in error:
             return "it has no video stream"
+        if "Error sending packet" in error:
+            return "the next is damaged"
         if "Error reading" in error and (printed := self.printed()):
             return printed[0]
         return re.sub(r"\[[\d:]+\] |/github/\S+ |^DECORDError: ", "", error)
@@ -668,7 +671,7 @@ class _Decoder:
     def complaints(self) -> list[str]:
         """What the codec said, in one note; a sound file says nothing."""
         printed = self.printed()
-        return [f"the decoder complained {len(printed)} times, first: {printed[0]}"] if printed else []
+        return [f"the decoder complained ({len(printed)} lines, first: {printed[0]})"] if printed else []
 
 
 SCRIPT = str(Path(__file__).with_name("_decode.py"))
