@@ -41,21 +41,23 @@ tidy: $(INSTALLED)
 	@$(BIN)/ruff format
 
 # Keeps the versions that the lock has now; `make lock UPGRADE=--upgrade` takes newer ones, except of those pinned.
-lock: $(INSTALLED)
+lock: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet uv
 	@printf '%s\n' $(PINNED) > .venv/pinned.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate $(UPGRADE) \
 		--constraints .venv/pinned.txt --all-extras --output-file requirements.lock pyproject.toml
 
-$(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+$(INSTALLED): requirements.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the versions of requirements.lock in .venv (the first time, some gigabytes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m pip check
+	@$(BIN)/python -m pip check || { echo "requirements.lock does not fit pyproject.toml: make lock"; exit 1; }
 	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .venv
 
 clean:
 	rm -rf .book _build
