@@ -163,7 +163,8 @@ def read_video(
         >>> read_video("clip.mp4", frames=[0, 10, 20], size=(36, 64))  # doctest: +SKIP
 
     A file that was cut short holds fewer frames than it announces. All of it, or a number of frames, is then an error
-    that says how many can be decoded; indices among those can still be read.
+    that says how many can be decoded; indices among those can still be read. MP4 and AVI files announce their frames;
+    of others, such as MKV, a cut goes unseen if it falls between two frames.
 
     Args:
         path: A video file; the container and codec may be any that decord's FFmpeg knows.
@@ -652,7 +653,11 @@ class _Decoder:
         """What the decoder printed for this file, without addresses and source lines."""
         self.log.seek(0)
         lines = (self.log.read(1 << 20) or b"").decode(errors="replace").splitlines()
-        return [text for line in lines if (text := re.sub(r"^\[[^]]*\] |/github/\S+ |^ERROR ", "", line).strip())]
+        return [
+            text
+            for line in lines
+            if (text := re.sub(r"^\[[^]]*\] (/github/\S+ )?(ERROR opening: .*, )?", "", line).strip())
+        ]
 
     def reason(self, error: str) -> str:
         """Put the decoder's error into words: what it printed says more than decord's own 'Error reading'."""
