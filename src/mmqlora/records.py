@@ -166,12 +166,13 @@ def append_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> No
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), open(path, "a+b") as file:
+        # Unbuffered: a buffer would be written once more when the file is closed, behind what was cut off.
+        with FileLock(f"{path}.lock"), open(path, "a+b", buffering=0) as file:
             size = _whole_length(file, path)
             file.truncate(size)
             try:
-                file.write(line)
-                file.flush()
+                if (written := file.write(line)) < len(line):
+                    raise OSError(f"{written} of {len(line)} bytes written")
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from .errors import TrainingError
 from .memory import measure
@@ -115,7 +116,7 @@ def fine_tune(
             warmup_steps=math.ceil(warmup * steps),
             weight_decay=weight_decay,
             bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
+            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # naming it warns, even if False
             optim=options["optimizer"],
             save_strategy="steps" if save_every else "no",
             save_steps=save_every or steps,
@@ -130,16 +131,14 @@ def fine_tune(
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
         )
-        losses = _Losses()
         trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=train,
             eval_dataset=evaluate if isinstance(evaluate, Dataset) else None,
             data_collator=collate,
-            callbacks=[losses],
         )
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         start = newest_checkpoint(folder) if resume else None
         wall, cpu = time.perf_counter(), time.process_time()
         with measure() as memory:
@@ -157,7 +156,7 @@ def fine_tune(
     counts = [(p.requires_grad, _elements(p)) for p in model.parameters()]
     measured = {
         "metrics": metrics,
-        "losses": losses.values,
+        "losses": [round(row["loss"], 5) for row in trainer.state.log_history if "loss" in row],
         "wall_s": round(wall, 3),
         "cpu_s": round(cpu, 3),
         "resumed_from_step": int(start.name.split("-")[-1]) if start else 0,
@@ -195,21 +194,14 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-class _Losses(TrainerCallback):
-    """Collects the loss of every step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.values.append(round(float(logs["loss"]), 5))
-
-
 class _Trainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
+            # A checkpoint of this very step holds the weights that gave the loss; it is no place to go on from.
+            spoiled = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if spoiled.exists():
+                spoiled.rename(spoiled.with_name(f"diverged-{self.state.global_step}"))
             raise TrainingError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. Try a lower learning rate than "
                 f"{self.args.learning_rate:g}, or look for inputs or labels that are not finite. "
@@ -225,13 +217,6 @@ class _Trainer(Trainer):
                 f"{bad[0]}. {_advice(self.args.output_dir)}"
             )
         super()._save_checkpoint(*args, **kwargs)
-
-
-def _printer() -> type[TrainerCallback]:
-    """The callback that prints a line a step."""
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def _advice(folder: str | Path) -> str:
