@@ -369,6 +369,16 @@ def test_head_embeddings_and_tied_weights_are_never_quantized():
     assert type(ctc.lm_head) is nn.Linear and four_bit(ctc)
 
 
+def test_a_module_that_transformers_does_not_know():
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(64, 64), "tied": nn.Linear(64, 64), "a": nn.Linear(64, 64), "b": nn.Linear(64, 8)}
+    )
+    model["tied"].weight = model["words"].weight
+    report = q.quantize(model)
+    assert list(four_bit(model)) == ["a"] and model.is_loaded_in_4bit
+    assert {layer.name for layer in report.layers if layer.why} == {"tied", "b"}
+
+
 def test_only_weights_of_linears_change():
     model = whisper()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -415,6 +425,13 @@ def test_errors_say_what_would_fit(arguments, message):
     with pytest.raises(QuantizationError, match=message):
         q.quantize(model, **arguments)
     assert not four_bit(model)
+
+
+def test_weights_that_are_not_loaded():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=64))
+    with pytest.raises(QuantizationError, match="not loaded"):
+        q.quantize(model)
 
 
 def test_no_second_quantization_and_none_over_adapters():

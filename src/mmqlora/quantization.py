@@ -19,6 +19,7 @@ import difflib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -196,6 +197,8 @@ def quantize(
         (arXiv 2208.07339) for "int8".
     """
     _check(model, quant_type)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise QuantizationError("the model has weights that are not loaded (on the meta device); load them first")
     device = next(model.parameters()).device
     kept = _left_alone(model, quant_type, exclude, device)
     config = _config(quant_type, double_quant, compute_dtype or _default_dtype(device), _skip_list(model, kept))
@@ -446,14 +449,17 @@ def _left_alone(
     # What from_pretrained leaves alone: the last module, tied weights, the output embedding, and what a class asks for.
     # Said again here, because it takes the head of a classifier for any layer if it has a bias, and on a model that
     # is in memory already it takes another module for the last one if the head is tied.
-    *_, (last, _) = model.named_parameters(remove_duplicate=False)
-    default = [last.rpartition(".")[0]]
+    names = list(model.named_parameters(remove_duplicate=False))
+    default = [names[-1][0].rpartition(".")[0]]
     if isinstance(model, PreTrainedModel):
         tied = model.all_tied_weights_keys
         default += [name.removesuffix(".weight") for pair in tied.items() for name in pair]
         head = model.get_output_embeddings()
         default += [name for name, module in model.named_modules() if module is head and head is not None]
         default += model._keep_in_fp32_modules or []
+    else:
+        uses = Counter(id(parameter) for _, parameter in names)
+        default += [name.rpartition(".")[0] for name, parameter in names if uses[id(parameter)] > 1]
     kept = {name: "output head or tied weights" for name in linears if not should_convert_module(name, default)}
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
         kept |= dict.fromkeys(_matching(model, linears, pattern), f"excluded by {pattern!r}")
