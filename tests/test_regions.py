@@ -395,7 +395,7 @@ def test_what_is_left_of_a_family_is_not_called_by_the_family() -> None:
 def test_a_module_in_two_places_is_listed_once() -> None:
     with torch.device("meta"):
         tower = clip_vision()
-    model = nn.ModuleDict({"teacher": tower, "student": tower})
+    model = nn.ModuleDict({"teacher": nn.ModuleList([tower]), "student": nn.ModuleList([tower])})
     assert list(regions(model)) == linear_names(model)
 
 
@@ -444,6 +444,25 @@ def test_a_long_list_of_unknown_modules_is_cut() -> None:
     with pytest.raises(RegionError, match="and 18 more") as caught:
         regions(model)
     assert "part11" in str(caught.value) and "part12" not in str(caught.value)
+
+
+class Undeclared(tf.PreTrainedModel):
+    """A tower that says nothing; `PreTrainedModel` says "text" in its place."""
+
+    config_class = tf.PreTrainedConfig
+
+    def __init__(self, config: tf.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.patches = nn.Conv2d(3, 64, 8, 8)
+        self.layer = nn.Linear(64, 64)
+
+
+def test_a_tower_that_declares_nothing_is_not_text() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"first": Undeclared(tf.PreTrainedConfig()), "language": llama()})
+    with pytest.raises(RegionError) as caught:
+        regions(model)
+    assert list(follow_printed_override(caught.value)) == [r"first\..*"]
 
 
 def test_models_that_mix_inside_one_stack_or_read_pixels_bare_are_not_guessed() -> None:

@@ -296,13 +296,10 @@ def _inner_models(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _embeds_tokens(model: PreTrainedModel) -> bool:
-    """Say whether a model holds a token embedding that is not in one of its inner models."""
     try:
-        embedding = _unwrap(model.get_input_embeddings())
-    except (NotImplementedError, AttributeError):
+        return isinstance(_unwrap(model.get_input_embeddings()), nn.Embedding)
+    except (NotImplementedError, AttributeError):  # transformers' way to say that there is none
         return False
-    inner = (module for inner in _inner_models(model) for module in inner.modules())
-    return isinstance(embedding, nn.Embedding) and all(embedding is not module for module in inner)
 
 
 def _has_encoder(model: nn.Module) -> bool:
