@@ -415,6 +415,8 @@ def test_audio_cut_short_is_an_error(tmp_path: Path, ending: str) -> None:
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(MediaError, match=f"a.{ending}: "):
         read_audio(path)
+    if ending != "ogg":  # whose half does not even open
+        assert (read_audio(path, stop=0.1).samples == np.float32(soundfile.read(path, frames=1600)[0])).all()
 
 
 @pytest.mark.parametrize("pitch", [300.0, 1000.0, 3000.0])

@@ -228,7 +228,8 @@ def read_audio(
         path: An audio file that libsndfile knows: WAV, FLAC, Ogg, MP3 and more, but no video container.
         rate: Samples per second to resample to; None keeps the file's.
         start: Second at which to start.
-        stop: Second at which to stop; None, or later than the end, reads to the end.
+        stop: Second at which to stop; None, or later than the end, reads to the end. Of a file that was cut short, what
+            is left can be read by giving a `stop` within it.
 
     Returns:
         Samples float32 (S,), the mean of the channels, with their rate and start.
@@ -245,18 +246,19 @@ def read_audio(
             native, total, log = file.samplerate, file.frames, file.extra_info
             first = round(start * native)
             last = total if stop is None else min(total, round(stop * native))
-            if "data : " in log and "(should be " in log.split("data : ")[1].splitlines()[0]:
-                # libsndfile mends the length of a WAV file that was cut short, and says so only here.
-                raise MediaError(
-                    f"{name}: cut short, {total} samples are left; write the file again, or cut its header"
-                )
+            # libsndfile mends the length of a WAV file that was cut short, and says so only in its log.
+            cut = "data : " in log and "(should be " in log.split("data : ")[1].splitlines()[0]
+            if cut and (stop is None or round(stop * native) > total):
+                left = total * 1000 // native / 1000
+                raise MediaError(f"{name}: the file was cut short, {left} s are left; stop={left} reads those")
             if not 0 <= first < last:
                 span = f"{start:g} to {'the end' if stop is None else f'{stop:g}'} s"
                 raise MediaError(f"{name}: no samples in {span}; the file holds {total / native:g} s")
             file.seek(first)
             samples = file.read(last - first, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise MediaError(f"{name}: can't read this as audio ({error}); WAV, FLAC, Ogg and MP3 can be read") from None
+        why = getattr(error, "error_string", error)
+        raise MediaError(f"{name}: can't read this as audio ({why}); WAV, FLAC, Ogg and MP3 can be read") from None
     if len(samples) < last - first:
         raise MediaError(f"{name}: {len(samples)} of {last - first} samples can be decoded")
     mono = samples.mean(axis=1)
