@@ -127,6 +127,10 @@ def render(shared: str) -> bool:
         ran = nbformat.read(executed_path(chapter, shared), as_version=4)
         for cell, done in zip(code_cells(notebook), code_cells(ran), strict=True):
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
+            if "figure" in cell.metadata.get("mystnb", {}) and len(cell.outputs) != 1:
+                name = cell.metadata.mystnb.figure.name
+                print(f"{chapter.stem}: the cell of {name} shows {len(cell.outputs)} things, a figure's cell shows one")
+                return False
         notebook.metadata.language_info = ran.metadata.language_info
         wanted[chapter.relative_to(ROOT)] = nbformat.writes(notebook).encode()
     for path in [path for path in site.rglob("*") if path.is_file() and path.relative_to(site) not in wanted]:
