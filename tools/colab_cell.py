@@ -30,8 +30,8 @@ if "COLAB_RELEASE_TAG" in os.environ:
     if not os.path.isdir(folder):
         source = f"https://github.com/{REPOSITORY}.git"
         subprocess.run(["git", "clone", "-q", "--depth=1", f"--branch={BRANCH}", source, folder], check=True)
-    torch = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "torchaudio")]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", folder, "seaborn", *torch], check=True)
+    kept = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "torchaudio")]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", folder, "seaborn", *kept], check=True)
     os.chdir(f"{folder}/book")"""
 
 
