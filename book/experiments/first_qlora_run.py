@@ -2,6 +2,7 @@
 
     cd book && python -m experiments.first_qlora_run --tune     # learning rates: first, as the rest reads them
     cd book && python -m experiments.first_qlora_run            # everything that is not in records/ yet
+    cd book && python -m experiments.first_qlora_run --cost     # time and memory of a step, side by side
     cd book && python -m experiments.first_qlora_run --arm qlora --seed 3    # one run, made again
 
 Three arms learn the same sentences for the same steps: full fine-tuning (fp32 weights, bf16 compute), LoRA on a bf16
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +36,7 @@ NAME = "first_qlora_run"
 MODEL = "openai/whisper-tiny.en"
 RECORDS = Path(__file__).parent.parent / "records" / f"{NAME}.jsonl"
 TUNING = RECORDS.with_name(f"{NAME}_tuning.jsonl")
+COST = RECORDS.with_name(f"{NAME}_cost.jsonl")
 
 SEEDS = range(1, 7)
 WINDOW = 10.0  # seconds; the longest synthetic sentence has 5.8
@@ -43,6 +47,7 @@ LORA = {"rank": 16, "alpha": 32}
 ARMS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": {**LORA, "quant_type": "nf4"}}
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "qlora": (2e-4, 5e-4, 1e-3)}
 TUNING_VOICES = ("en-029", "en-gb+f3")  # set aside while learning rates are chosen, learned from afterwards
+UNTRAINED = ("zero-shot", "zero-shot-nf4", "windows")
 FORGETTING = 0.02  # how much the word error rate on human prompts may rise, when learning rates are chosen
 
 
@@ -90,32 +95,28 @@ def data_sets(folder: Path, tuning: bool) -> tuple[Speech, dict[str, Speech]]:
     return synthetic("train"), {"synthetic": synthetic("test"), "prompts": prompts}
 
 
-def judge(sets: dict[str, Speech], processor: Any, windows: tuple[float, ...]) -> Callable[[Any], dict[str, Any]]:
+def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[float, ...]]) -> Callable[[Any], Any]:
     """A function from a model to its word error rates by set and window, with every transcript as an item."""
     normalize = english_normalizer(processor)
-    fitting = {
-        (name, window): [i for i, row in enumerate(speech.rows) if row["duration"] <= window]
-        for name, speech in sets.items()
-        for window in windows
+    kept = {
+        (name, window): [i for i, row in enumerate(sets[name].rows) if row["duration"] <= window]
+        for name in sets
+        for window in windows[name]
     }
-    examples = {
-        (name, window): prepare([sets[name][i] for i in kept], processor, window)
-        for (name, window), kept in fitting.items()
-    }
+    examples = {key: prepare([sets[key[0]][i] for i in indices], processor, key[1]) for key, indices in kept.items()}
 
     def evaluate(model: Any) -> dict[str, Any]:
         metrics, items = {}, []
-        for (name, window), kept in fitting.items():
+        for (name, window), indices in kept.items():
             with short_window(model, window):
                 texts = transcribe(model, processor, examples[name, window], progress=False)
-            rows = [sets[name].rows[i] for i in kept]
+            rows = [sets[name].rows[i] for i in indices]
             errors = word_error_rate([row["text"] for row in rows], texts, normalize)
             for row, text, edits, words in zip(rows, texts, errors.edits, errors.lengths, strict=True):
                 items.append([name, window, row["path"], text.strip(), int(edits), int(words)])
             for group, chosen in groups(rows):
-                picked = errors.edits[chosen].sum(), errors.lengths[chosen].sum()
-                metrics[f"wer/{name}{group}/{window:g}s"] = float(picked[0] / picked[1])
-        return {**metrics, "items": items}
+                metrics[f"wer/{name}{group}/{window:g}s"] = errors.edits[chosen].sum() / errors.lengths[chosen].sum()
+        return {**{name: float(rate) for name, rate in metrics.items()}, "items": items}
 
     return evaluate
 
@@ -140,8 +141,10 @@ def run(config: dict[str, Any], seed: int, folder: Path, tuning: bool = False, p
     """One run, from the weights on disk to its record."""
     model, processor = build(config, seed)
     train, sets = data_sets(folder, tuning)
-    only = tuning or config["arm"] == "windows"
-    evaluate = judge(sets, processor, (config["window_s"],) if only else (config["window_s"], FULL_WINDOW))
+    windows = dict.fromkeys(sets, (config["window_s"],))
+    if not tuning and config["arm"] != "windows":
+        windows = {"synthetic": (config["window_s"], FULL_WINDOW), "prompts": (FULL_WINDOW,)}
+    evaluate = judge(sets, processor, windows)
     data = "-".join(speech.fingerprint() for speech in [train, *sets.values()])
     if not config["steps"]:
         started = time.perf_counter()
@@ -192,17 +195,55 @@ def wanted(tuning: bool) -> list[tuple[dict[str, Any], int]]:
     return [(config, 0) for config in as_it_comes] + trained + [(untrained("windows", w), 0) for w in WINDOWS]
 
 
+def cost(rounds: int = 8, steps: int = 6) -> None:
+    """Time and memory of a training step, each arm in a process of its own, in turn, so that drifts hit all alike."""
+    for turn in range(rounds):
+        for arm in ARMS:
+            subprocess.run(
+                [sys.executable, "-m", f"experiments.{NAME}", "--cost-of", arm, str(turn), str(steps)], check=True
+            )
+
+
+def cost_of(arm: str, turn: int, steps: int, folder: Path) -> None:
+    """Append the record of one round of `cost`."""
+    config = {**configuration(arm, best_learning_rate(arm)), "steps": steps}
+    model, processor = build(config, turn)
+    train, _ = data_sets(folder, tuning=False)
+    examples = prepare([train[i] for i in range(steps * BATCH)], processor, WINDOW)
+    with short_window(model, WINDOW):
+        record = fine_tune(
+            model,
+            examples,
+            collate=collate,
+            seed=turn,
+            steps=steps,
+            batch_size=BATCH,
+            learning_rate=config["learning_rate"],
+            experiment=f"{NAME}_cost",
+            config=config,
+            data=train.fingerprint(),
+            progress=False,
+        )
+    append_record(COST, record)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="choose learning rates")
     parser.add_argument(
-        "--arm", choices=[*ARMS, "zero-shot", "zero-shot-nf4", "windows"], help="only this arm, recorded or not"
+        "--cost", action="store_true", help="time and memory alone, on a quiet machine"
     )
+    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], help="only this arm, recorded or not")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--every", type=int, default=1, help="take every Nth run ...")
     parser.add_argument("--first", type=int, default=0, help="... from this one on, to share the work")
+    parser.add_argument("--cost-of", nargs=3, metavar=("ARM", "ROUND", "STEPS"), help="one round of --cost")
     options = parser.parse_args()
     folder = Path(os.environ.get("MMQLORA_REAL", "../../shared/real")) / "speech"
+    if options.cost_of:
+        return cost_of(options.cost_of[0], int(options.cost_of[1]), int(options.cost_of[2]), folder)
+    if options.cost:
+        return cost()
     path = TUNING if options.tune else RECORDS
     runs = wanted(options.tune)[options.first :: options.every]
     for config, seed in runs:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -42,7 +43,7 @@ def prepare(
         ``labels`` int64 (L,), where the prompt that generation forces is -100 and so not trained.
 
     Raises:
-        MediaError: an utterance is longer than the window, so that words would be lost.
+        MediaError: an utterance is longer than the window, so that words would be lost, or its samples are not finite.
     """
     frames = round(window * FRAMES_PER_SECOND)
     rate = processor.feature_extractor.sampling_rate
@@ -54,6 +55,8 @@ def prepare(
                 f"{item.get('path', 'an utterance')} is {len(item['samples']) / rate:.1f} s long, the window "
                 f"{window:g} s. Leave it out, cut it, or widen the window (at most {FULL_WINDOW:g} s)."
             )
+        if not np.isfinite(item["samples"]).all():
+            raise MediaError(f"{item.get('path', 'an utterance')} holds samples that are not finite numbers.")
         features = processor.feature_extractor(item["samples"], sampling_rate=rate, return_tensors="pt")
         # The space is how Whisper writes the first word; the start token is what `shift_tokens_right` puts back.
         labels = torch.tensor(processor.tokenizer(" " + item["text"].strip()).input_ids[1:])
