@@ -1,7 +1,7 @@
 """Load a model in 4 or 8 bits, or convert one in place, and say what that did to every layer.
 
 NF4 (Dettmers et al., QLoRA, arXiv 2305.14314) stores a weight matrix in flat blocks of 64 values. A block keeps one
-scale, its largest magnitude a = max|w|, and for every value the index of the nearest of 16 levels c:
+scale, its largest magnitude a = max|w|, and for every value the index of the nearest of 16 levels c::
 
     q_i = argmin_k |w_i / a - c_k|,    ŵ_i = a · c_{q_i}
 
