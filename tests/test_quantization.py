@@ -24,6 +24,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     WhisperConfig,
@@ -367,6 +368,24 @@ def test_head_embeddings_and_tied_weights_are_never_quantized():
     )  # fmt: skip
     q.quantize(ctc)
     assert type(ctc.lm_head) is nn.Linear and four_bit(ctc)
+
+
+def test_what_a_class_says_about_its_weights():
+    class TwoNames(PreTrainedModel):
+        config_class = LlamaConfig
+        _tied_weights_keys = {"second.weight": "first.weight"}  # noqa: RUF012
+        _keep_in_fp32_modules = ["exact"]  # noqa: RUF012
+
+        def __init__(self, config):
+            super().__init__(config)
+            for name in ("first", "second", "exact", "plain", "last"):
+                setattr(self, name, nn.Linear(64, 64))
+            self.post_init()
+
+    model = TwoNames(LlamaConfig(tie_word_embeddings=True))
+    assert model.second.weight is model.first.weight
+    q.quantize(model)
+    assert list(four_bit(model)) == ["plain"]
 
 
 def test_a_module_that_transformers_does_not_know():
