@@ -230,9 +230,7 @@ def cost_of(arm: str, turn: int, steps: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="choose learning rates")
-    parser.add_argument(
-        "--cost", action="store_true", help="time and memory alone, on a quiet machine"
-    )
+    parser.add_argument("--cost", action="store_true", help="time and memory alone, on a quiet machine")
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], help="only this arm, recorded or not")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--every", type=int, default=1, help="take every Nth run ...")

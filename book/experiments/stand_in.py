@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mmqlora.training import fine_tune
-from mmqlora.whisper import collate, prepare, short_window
+from mmqlora.whisper import collate, prepare
 
 NOTES = {"do": 0, "re": 2, "mi": 4, "fa": 5, "sol": 7, "la": 9, "ti": 11}  # semitones above the tonic
 RATE = 16000
@@ -74,11 +74,11 @@ def processor() -> WhisperProcessor:
         tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<start>", pad_token="<eos>"
     )
     made = WhisperProcessor.__new__(WhisperProcessor)
-    made.feature_extractor, made.tokenizer = WhisperFeatureExtractor(), fast
+    made.feature_extractor, made.tokenizer = WhisperFeatureExtractor(chunk_length=int(WINDOW)), fast
     return made
 
 
-def model(steps: int = 300) -> WhisperForConditionalGeneration:
+def model(steps: int = 400) -> WhisperForConditionalGeneration:
     """The stand-in for Whisper, trained on the plain voice."""
     set_seed(0)
     eos, start = len(NOTES), len(NOTES) + 1
@@ -90,6 +90,7 @@ def model(steps: int = 300) -> WhisperForConditionalGeneration:
     config = WhisperConfig(
         vocab_size=len(NOTES) + 2,
         d_model=64,
+        max_source_positions=int(50 * WINDOW),
         max_target_positions=16,
         bos_token_id=start,
         decoder_start_token_id=start,
@@ -101,15 +102,14 @@ def model(steps: int = 300) -> WhisperForConditionalGeneration:
     )
     whisper = WhisperForConditionalGeneration(config)
     examples = prepare(Melodies(600, seed=1), processor(), WINDOW)
-    with short_window(whisper, WINDOW):
-        fine_tune(
-            whisper,
-            examples,
-            collate=collate,
-            steps=steps,
-            batch_size=32,
-            learning_rate=3e-3,
-            bf16=False,
-            progress=False,
-        )
+    fine_tune(
+        whisper,
+        examples,
+        collate=collate,
+        steps=steps,
+        batch_size=32,
+        learning_rate=1e-3,
+        bf16=False,
+        progress=False,
+    )
     return whisper
