@@ -17,10 +17,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
@@ -96,7 +97,7 @@ def data_sets(folder: Path, tuning: bool) -> tuple[Speech, dict[str, Speech]]:
 
 
 def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[float, ...]]) -> Callable[[Any], Any]:
-    """A function from a model to its word error rates by set and window, with every transcript as an item."""
+    """A function from a model to its word error rates by set and window, with the errors of every sentence."""
     normalize = english_normalizer(processor)
     kept = {
         (name, window): [i for i, row in enumerate(sets[name].rows) if row["duration"] <= window]
@@ -106,35 +107,33 @@ def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[floa
     examples = {key: prepare([sets[key[0]][i] for i in indices], processor, key[1]) for key, indices in kept.items()}
 
     def evaluate(model: Any) -> dict[str, Any]:
-        metrics, items = {}, []
+        metrics: dict[str, float] = {}
+        items: list[list[Any]] = []
         for (name, window), indices in kept.items():
             with short_window(model, window):
                 texts = transcribe(model, processor, examples[name, window], progress=False)
             rows = [sets[name].rows[i] for i in indices]
             errors = word_error_rate([row["text"] for row in rows], texts, normalize)
-            for row, text, edits, words in zip(rows, texts, errors.edits, errors.lengths, strict=True):
-                items.append([name, window, row["path"], text.strip(), int(edits), int(words)])
-            for group, chosen in groups(rows):
-                metrics[f"wer/{name}{group}/{window:g}s"] = errors.edits[chosen].sum() / errors.lengths[chosen].sum()
-        return {**{name: float(rate) for name, rate in metrics.items()}, "items": items}
+            scored = [
+                [part(name, row), window, row["path"], int(edits), int(words)]
+                for row, edits, words in zip(rows, errors.edits, errors.lengths, strict=True)
+            ]
+            items += scored
+            for group in sorted({item[0] for item in scored} | {name}):
+                chosen = np.array([item[3:] for item in scored if item[0].startswith(group)])
+                metrics[f"wer/{group}/{window:g}s"] = float(chosen[:, 0].sum() / chosen[:, 1].sum())
+        return {**metrics, "items": items}
 
     return evaluate
 
 
-def groups(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
-    """The parts of a test set that are judged apart."""
-    yield "", list(range(len(rows)))
-    tests: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "/lines": lambda row: row["kind"] == "line",
-        "/lines-unseen-voices": lambda row: row["kind"] == "line" and not row["voice_seen"],
-        "/lines-seen-voices": lambda row: row["kind"] == "line" and row["voice_seen"],
-        "/templates": lambda row: row["kind"] == "template",
-    }
-    if "voice_seen" not in rows[0]:
-        yield "/up-to-6s", [i for i, row in enumerate(rows) if row["duration"] <= min(WINDOWS)]
-    elif not all(row["voice_seen"] for row in rows):
-        for group, test in tests.items():
-            yield group, [i for i, row in enumerate(rows) if test(row)]
+def part(name: str, row: dict[str, Any]) -> str:
+    """The part of a test set that a sentence belongs to, the finest that is judged apart."""
+    if row.get("kind") == "template":
+        return f"{name}/templates"
+    if row.get("kind") == "line":
+        return f"{name}/lines-{'seen' if row['voice_seen'] else 'unseen'}-voices"
+    return f"{name}/{'up-to-6s' if row['duration'] <= min(WINDOWS) else 'longer'}"
 
 
 def run(config: dict[str, Any], seed: int, folder: Path, tuning: bool = False, progress: bool = True) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .errors import TrainingError
 from .memory import measure
+from .quantization import close_cpu_traps
 from .records import make_record
 
 logger = logging.getLogger("mmqlora")
@@ -104,6 +105,7 @@ def fine_tune(
         "optimizer": optimizer or ("paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch"),
     }
     _check(model, train, options, output, save_every, resume)
+    close_cpu_traps(model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
         arguments = TrainingArguments(
