@@ -409,7 +409,8 @@ class Mixed(nn.Module):
         super().__init__()
         self.eye = clip_vision()
         self.language = llama()
-        self.stack = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        # Inside of what has no name, a name means nothing: every attention has an output projection.
+        self.stack = nn.ModuleDict({"fc": nn.Linear(64, 64), "output_projection": nn.Linear(64, 64)})
         self.score = nn.Linear(64, 64)
 
 
@@ -423,7 +424,7 @@ def test_unknown_modules_raise_with_the_override_to_type() -> None:
     assert 'mm.regions(model, overrides={r"stack\\..*": "fusion", r"score": "fusion"})' in message
     assert "eye" not in message and "language" not in message
     found = regions(model, overrides=follow_printed_override(caught.value))
-    assert found.of("fusion") == ["stack.0", "stack.2", "score"]
+    assert found.of("fusion") == ["stack.fc", "stack.output_projection", "score"]
     assert found["eye.encoder.layers.0.mlp.fc1"] == "vision"
     assert found["language.layers.0.mlp.up_proj"] == "text"
 
