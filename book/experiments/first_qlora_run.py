@@ -96,6 +96,25 @@ def data_sets(folder: Path, tuning: bool) -> tuple[Speech, dict[str, Speech]]:
     return synthetic("train"), {"synthetic": synthetic("test"), "prompts": prompts}
 
 
+def at_hand() -> Path | None:
+    """The folder of speech, where both it and the model are on this disk."""
+    real = Path(os.environ.get("MMQLORA_REAL", "../../shared/real"))
+    if not (real / "speech").is_dir() or not (real / "models" / MODEL.split("/")[-1]).is_dir():
+        return None
+    places = [os.environ.get("MMQLORA_MODELS"), str(real / "models")]
+    os.environ["MMQLORA_MODELS"] = os.pathsep.join(filter(None, places))
+    return real / "speech"
+
+
+def excerpt(folder: Path, train: int, test: int) -> tuple[Speech, Speech]:
+    """A few training sentences, and a few dialogue lines of the test set, for a run to watch."""
+    learn, sets = data_sets(folder, tuning=False)
+    learn.rows = learn.rows[:train]
+    lines = sets["synthetic"]
+    lines.rows = [row for row in lines.rows if row["kind"] == "line"][:test]
+    return learn, lines
+
+
 def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[float, ...]]) -> Callable[[Any], Any]:
     """A function from a model to its word error rates by set and window, with the errors of every sentence."""
     normalize = english_normalizer(processor)

@@ -8,15 +8,57 @@ Example:
 
 from __future__ import annotations
 
+# First, as it keeps bitsandbytes from warning about a kernel that nothing here needs.
+from .quantization import (  # isort: skip
+    LayerReport,
+    QuantizationReport,
+    close_cpu_traps,
+    load,
+    quantization_report,
+    quantize,
+)
 from .errors import MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
+from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
+from .memory import Memory, measure
+from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
+from .records import append_record, fingerprint, make_record, read_records
+from .regions import Regions, regions
+from .training import fine_tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audio",
+    "ErrorRate",
+    "LayerReport",
     "MMQLoRAError",
     "MediaError",
+    "Memory",
     "QuantizationError",
+    "QuantizationReport",
     "RecordError",
     "RegionError",
+    "Regions",
+    "SkipBroken",
     "TrainingError",
+    "Video",
+    "append_record",
+    "character_error_rate",
+    "close_cpu_traps",
+    "english_normalizer",
+    "fine_tune",
+    "fingerprint",
+    "load",
+    "log_mel",
+    "make_record",
+    "measure",
+    "quantization_report",
+    "quantize",
+    "read_audio",
+    "read_records",
+    "read_video",
+    "regions",
+    "word_error_rate",
+    "write_audio",
+    "write_video",
 ]
