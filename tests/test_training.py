@@ -59,7 +59,7 @@ def weights(m):
 
 def test_it_learns_and_says_what_it_did():
     m, pairs = model(), Pairs()
-    record = fine_tune(m, pairs, pairs, seed=3, data="abc", **{**OPTIONS, "steps": 100})
+    record = fine_tune(m, pairs, pairs, seed=3, data="abc", **{**OPTIONS, "steps": 100, "learning_rate": 0.1})
     assert len(record["losses"]) == 100
     assert record["metrics"]["loss"] < 0.2 * record["losses"][0]
     assert record["parameters"] == {"trainable": 10, "total": 10}
