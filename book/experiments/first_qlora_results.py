@@ -139,7 +139,7 @@ class Results:
             config, metrics = record["config"], record["metrics"]
             arm, rate = config["arm"], config.get("learning_rate")
             chosen = arm in ARMS and rate == best_learning_rate(arm)
-            scores = metrics[f"wer/voices/{WINDOW:g}s"], metrics[f"wer/prompts/{WINDOW:g}s"]
+            scores = metrics[f"wer/voices/{FULL_WINDOW:g}s"], metrics[f"wer/prompts/{FULL_WINDOW:g}s"]
             rows.append((arm, rate, *scores, "chosen" if chosen else ""))
         names = ["arm", "learning rate", "voices set aside", "human prompts", ""]
         order = ["zero-shot", *ARMS]

@@ -42,11 +42,11 @@ COST = RECORDS.with_name(f"{NAME}_cost.jsonl")
 SEEDS = range(1, 7)
 WINDOW = 10.0  # seconds; the longest synthetic sentence has 5.8
 WINDOWS = (6.0, 8.0, 10.0, 15.0, 20.0, FULL_WINDOW)  # to see what a shorter one costs before any training
-STEPS, BATCH = 100, 8
+STEPS, BATCH = 50, 8
 LINEARS = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"  # every Linear but the head
 LORA = {"rank": 16, "alpha": 32}
 ARMS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": {**LORA, "quant_type": "nf4"}}
-RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (2e-4, 5e-4, 1e-3), "qlora": (2e-4, 5e-4, 1e-3)}
+RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3), "qlora": (1e-4, 3e-4, 1e-3)}
 TUNING_VOICES = ("en-029", "en-gb+f3")  # set aside while learning rates are chosen, learned from afterwards
 UNTRAINED = ("zero-shot", "zero-shot-nf4", "windows")
 FORGETTING = 0.02  # how much the word error rate on human prompts may rise, when learning rates are chosen
@@ -87,13 +87,19 @@ def data_sets(folder: Path, tuning: bool) -> tuple[Speech, dict[str, Speech]]:
     def synthetic(split: str, voices: Callable[[str], bool] = lambda voice: True) -> Speech:
         return Speech(folder / "synthetic", keep=lambda row: row["split"] == split and voices(row["voice"]))
 
+    def prompts(split: str) -> Speech:
+        return Speech(folder / "prompts", keep=lambda row: row["split"] == split and row["duration"] <= FULL_WINDOW)
+
     if tuning:
-        prompts = Speech(folder / "prompts", keep=lambda row: row["split"] == "train" and row["duration"] <= 6.0)
-        prompts.rows = prompts.rows[::6]
         train = synthetic("train", lambda voice: voice not in TUNING_VOICES)
-        return train, {"voices": synthetic("train", lambda voice: voice in TUNING_VOICES), "prompts": prompts}
-    prompts = Speech(folder / "prompts", keep=lambda row: row["split"] == "test")
-    return synthetic("train"), {"synthetic": synthetic("test"), "prompts": prompts}
+        sets = {"voices": synthetic("train", lambda voice: voice in TUNING_VOICES), "prompts": prompts("train")}
+        sets["prompts"].rows = sets["prompts"].rows[::7]
+    else:
+        train = synthetic("train")
+        sets = {"synthetic": synthetic("test"), "prompts": prompts("test")}
+    for speech in sets.values():
+        speech.rows.sort(key=lambda row: row["duration"])  # a batch takes as long as its longest transcript
+    return train, sets
 
 
 def at_hand() -> Path | None:
@@ -111,7 +117,8 @@ def excerpt(folder: Path, train: int, test: int) -> tuple[Speech, Speech]:
     learn, sets = data_sets(folder, tuning=False)
     learn.rows = learn.rows[:train]
     lines = sets["synthetic"]
-    lines.rows = [row for row in lines.rows if row["kind"] == "line"][:test]
+    lines.rows = [row for row in lines.rows if row["kind"] == "line"]
+    lines.rows = lines.rows[:: len(lines.rows) // test][:test]
     return learn, lines
 
 
@@ -159,9 +166,9 @@ def run(config: dict[str, Any], seed: int, folder: Path, tuning: bool = False, p
     """One run, from the weights on disk to its record."""
     model, processor = build(config, seed)
     train, sets = data_sets(folder, tuning)
-    windows = dict.fromkeys(sets, (config["window_s"],))
-    if not tuning and config["arm"] != "windows":
-        windows = {"synthetic": (config["window_s"], FULL_WINDOW), "prompts": (FULL_WINDOW,)}
+    windows = {"synthetic": (config["window_s"], FULL_WINDOW), "prompts": (FULL_WINDOW,), "voices": (FULL_WINDOW,)}
+    if config["arm"] == "windows":
+        windows = dict.fromkeys(sets, (config["window_s"],))
     evaluate = judge(sets, processor, windows)
     data = "-".join(speech.fingerprint() for speech in [train, *sets.values()])
     if not config["steps"]:
@@ -196,7 +203,7 @@ def best_learning_rate(arm: str) -> float:
     records = read_records(TUNING)
     before = next(r for r in records if r["config"]["arm"] == "zero-shot")["metrics"]
     tried = [(r["config"]["learning_rate"], r["metrics"]) for r in records if r["config"]["arm"] == arm]
-    voices, prompts = f"wer/voices/{WINDOW:g}s", f"wer/prompts/{WINDOW:g}s"
+    voices, prompts = f"wer/voices/{FULL_WINDOW:g}s", f"wer/prompts/{FULL_WINDOW:g}s"
     kept = [(rate, after) for rate, after in tried if after[prompts] <= before[prompts] + FORGETTING]
     if kept:
         return min(kept, key=lambda run: run[1][voices])[0]
