@@ -101,7 +101,7 @@ def model(steps: int = 400) -> WhisperForConditionalGeneration:
         **sizes,
     )
     whisper = WhisperForConditionalGeneration(config)
-    examples = prepare(Melodies(600, seed=1), processor(), WINDOW)
+    examples = prepare(Melodies(600, seed=1), processor(), WINDOW, progress=False)
     fine_tune(
         whisper,
         examples,

@@ -100,7 +100,7 @@ def english_normalizer(tokenizer: object | None = None) -> Callable[[str], str]:
 
     Example:
         >>> english_normalizer()("Mr. Dashwood won't pay twenty-five pounds!")
-        'mister dashwood will not pay 25 pounds'
+        'mister dashwood will not pay £25'
 
     Args:
         tokenizer: a Whisper tokenizer or processor; with it British spellings become American ones, as published

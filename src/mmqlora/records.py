@@ -35,7 +35,7 @@ def run_id(experiment: str, config: Mapping[str, Any], seed: int) -> str:
 
     Example:
         >>> run_id("first_qlora_run", {"arm": "qlora", "rank": 16}, seed=1)
-        '92aa7f0b1b2f'
+        '2500364fa588'
 
     Args:
         experiment: name of the experiment.
@@ -54,7 +54,7 @@ def fingerprint(*parts: bytes | str | os.PathLike[str]) -> str:
 
     Example:
         >>> fingerprint("the same text", b"the same bytes")
-        'b3ea49bca9ea'
+        '38a53fe145e0'
 
     Args:
         parts: strings, bytes, or `pathlib.Path` objects, in order.
@@ -124,7 +124,7 @@ def make_record(
     """Put a run together: its identity, what it ran on, and what was measured.
 
     Example:
-        >>> record = make_record("demo", {"rank": 8}, 1, data="b3ea49bca9ea", measured={"metrics": {"wer": 0.1}})
+        >>> record = make_record("demo", {"rank": 8}, 1, data="38a53fe145e0", measured={"metrics": {"wer": 0.1}})
         >>> record["metrics"]["wer"]
         0.1
 

@@ -23,7 +23,7 @@ FULL_WINDOW = 30.0
 
 
 def prepare(
-    speech: Sequence[Mapping[str, Any]], processor: Any, window: float = FULL_WINDOW, dtype: torch.dtype = torch.float32
+    speech: Sequence[Mapping[str, Any]], processor: Any, window: float = FULL_WINDOW, progress: bool = True
 ) -> list[dict[str, torch.Tensor]]:
     """Turn utterances into what Whisper reads and what it should say.
 
@@ -36,7 +36,7 @@ def prepare(
         speech: items with ``samples``, float32 (N,) at 16 kHz, and ``text``.
         processor: the model's processor.
         window: seconds that the model will see; silence is added behind what is shorter.
-        dtype: of the features.
+        progress: show a progress bar.
 
     Returns:
         A list, which is a data set to `fine_tune`: ``input_features`` (M, 100 * window) for M mel bands, and
@@ -48,7 +48,7 @@ def prepare(
     frames = round(window * FRAMES_PER_SECOND)
     rate = processor.feature_extractor.sampling_rate
     examples = []
-    for index in tqdm(range(len(speech)), desc="mel", leave=False):
+    for index in tqdm(range(len(speech)), desc="mel", leave=False, disable=not progress):
         item = speech[index]
         if len(item["samples"]) > window * rate:
             raise MediaError(
@@ -62,7 +62,7 @@ def prepare(
         labels = torch.tensor(processor.tokenizer(" " + item["text"].strip()).input_ids[1:])
         prompt = (labels >= processor.tokenizer.eos_token_id) & (torch.arange(len(labels)) < len(labels) - 1)
         labels[prompt] = -100
-        examples.append({"input_features": features.input_features[0, :, :frames].to(dtype), "labels": labels})
+        examples.append({"input_features": features.input_features[0, :, :frames], "labels": labels})
     return examples
 
 
