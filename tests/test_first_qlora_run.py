@@ -53,6 +53,21 @@ def test_metrics_in_a_record_are_those_of_its_items(results):
                 assert record["metrics"][f"wer/synthetic/{window:g}s"] == pytest.approx(rate)
 
 
+def test_the_learning_rate_is_the_best_of_those_that_forget_little(monkeypatch):
+    def tuned(arm, rate, voices, prompts):
+        metrics = {"wer/voices/30s": voices, "wer/prompts/30s": prompts}
+        return {"config": {"arm": arm, "learning_rate": rate}, "metrics": metrics}
+
+    start = [tuned("zero-shot", None, 0.5, 0.05), tuned("zero-shot-nf4", None, 0.5, 0.08)]
+    careful, bold, wild = (1, 0.3, 0.06), (2, 0.2, 0.09), (3, 0.1, 0.2)
+    runs = [tuned(arm, *run) for arm in ("full", "qlora") for run in (careful, bold, wild)]
+    monkeypatch.setattr(experiment, "read_records", lambda path: [*start, *runs])
+    assert experiment.best_learning_rate("full") == 1
+    assert experiment.best_learning_rate("qlora") == 2  # measured from its own start in NF4
+    runs[:] = [tuned("full", *wild), tuned("full", 4, 0.05, 0.3)]
+    assert experiment.best_learning_rate("full") == 3  # all forget much: the least
+
+
 @pytest.mark.parametrize("part", ["synthetic/lines", "synthetic/lines-unseen-voices"])
 def test_qlora_has_four_fifths_of_the_gain_of_full_fine_tuning(results, part):
     assert results.share(part)[0] >= 0.8

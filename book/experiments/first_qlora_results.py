@@ -23,7 +23,14 @@ PARTS = {
     "templates": "synthetic/templates",
     "human prompts": "prompts",
 }
-NAMES = {"zero-shot": "as it comes", "full": "full fine-tuning", "lora": "LoRA, 16 bits", "qlora": "QLoRA, 4 bits"}
+START = ("zero-shot", "zero-shot-nf4")
+NAMES = {
+    "zero-shot": "as it comes",
+    "zero-shot-nf4": "as it comes, in NF4",
+    "full": "full fine-tuning",
+    "lora": "LoRA, 16 bits",
+    "qlora": "QLoRA, 4 bits",
+}
 RESAMPLES = 5000
 
 
@@ -50,7 +57,7 @@ class Results:
     def table(self) -> pd.DataFrame:
         """One row for each arm, seed, part of the test set and window."""
         rows = []
-        for arm in ("zero-shot", *ARMS):
+        for arm in (*START, *ARMS):
             for name, part in PARTS.items():
                 for window in (WINDOW, FULL_WINDOW) if name != "human prompts" else (FULL_WINDOW,):
                     edits, words = self.errors(arm, part, window)
@@ -87,7 +94,7 @@ class Results:
 
         wide = table.groupby(["part", "window", "arm"], sort=False).wer.agg(cell).unstack("arm")
         wide.index = [f"{part}, {window:g} s" for part, window in wide.index]
-        return wide[["zero-shot", *ARMS]].rename_axis(index="test set", columns=None)
+        return wide[[*START, *ARMS]].rename(columns=NAMES).rename_axis(index="test set", columns=None)
 
     def _resampled(self, part: str, arms: tuple[str, ...]) -> list[np.ndarray]:
         """Word error rates (resamples,) of each arm, seeds and sentences drawn again with replacement."""
@@ -142,9 +149,13 @@ class Results:
             scores = metrics[f"wer/voices/{FULL_WINDOW:g}s"], metrics[f"wer/prompts/{FULL_WINDOW:g}s"]
             rows.append((arm, rate, *scores, "chosen" if chosen else ""))
         names = ["arm", "learning rate", "voices set aside", "human prompts", ""]
-        order = ["zero-shot", *ARMS]
+        order = [*START, *ARMS]
         table = pd.DataFrame(rows, columns=names).sort_values("learning rate", na_position="first", kind="stable")
         return table.sort_values("arm", key=lambda arms: arms.map(order.index), kind="stable")
+
+    def tuning_words(self) -> int:
+        """Words in the human prompts that the learning rates were chosen by."""
+        return sum(item[4] for item in self.tuned[0]["items"] if item[0].startswith("prompts"))
 
     def windows(self) -> pd.DataFrame:
         """Word error rate of the model as it comes on clips of at most 6 s, by window."""
