@@ -230,9 +230,8 @@ def load(
         >>> mm.quantization_report(model)  # doctest: +SKIP
 
     A model is looked for in this order: `name_or_path` as a folder; then, in each folder that the environment
-    variable ``MMQLORA_MODELS`` lists, ``org/name``, ``org--name`` and ``name``; then the Hugging Face hub. A copy
-    found through the variable is announced in one line, and every place is logged under "mmqlora". Only safetensors
-    are read, and no code that comes with a model is run.
+    variable ``MMQLORA_MODELS`` lists, ``org/name``, ``org--name`` and ``name``; then the Hugging Face hub. One line
+    says which it was, and the full path is logged under "mmqlora". Only safetensors are read, and no code that comes with a model is run.
 
     Weights are quantized one by one as they are read, so the model is never in memory in 16 bits. The report
     has no round-trip errors for that reason: ``load(..., quant_type=None)`` and then `quantize` measures them.
@@ -373,6 +372,7 @@ def _find(name: str) -> tuple[str, list[str]]:
                 print(f"{name}: the local copy {candidate!r} in MMQLORA_MODELS")
                 return str(path), [str(path)]
     logger.info("%s: the Hugging Face hub", name)
+    print(f"{name}: from the Hugging Face hub")
     return name, [f"the folder {name!r}", *(searched or ["MMQLORA_MODELS (not set)"]), "the Hugging Face hub"]
 
 
