@@ -231,7 +231,8 @@ def load(
 
     A model is looked for in this order: `name_or_path` as a folder; then, in each folder that the environment
     variable ``MMQLORA_MODELS`` lists, ``org/name``, ``org--name`` and ``name``; then the Hugging Face hub. One line
-    says which it was, and the full path is logged under "mmqlora". Only safetensors are read, and no code that comes with a model is run.
+    says which it was, and the full path is logged under "mmqlora". Only safetensors are read, and no code
+    that comes with a model is run.
 
     Weights are quantized one by one as they are read, so the model is never in memory in 16 bits. The report
     has no round-trip errors for that reason: ``load(..., quant_type=None)`` and then `quantize` measures them.
