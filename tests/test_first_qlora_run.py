@@ -40,7 +40,7 @@ def test_reported_seeds_are_six_and_not_the_one_that_chose_learning_rates(result
 
 def test_records_agree_on_data_and_come_from_committed_code(results):
     for records in (results.records, results.tuned):
-        assert len({record["data"] for record in records}) == 1
+        assert len({record["data"] for record in records if record["config"]["arm"] != "windows"}) == 1
         assert not any(record["commit"] is None or record["commit"].endswith("+") for record in records)
 
 
@@ -58,12 +58,11 @@ def test_the_learning_rate_is_the_best_of_those_that_forget_little(monkeypatch):
         metrics = {"wer/voices/30s": voices, "wer/prompts/30s": prompts}
         return {"config": {"arm": arm, "learning_rate": rate}, "metrics": metrics}
 
-    start = [tuned("zero-shot", None, 0.5, 0.05), tuned("zero-shot-nf4", None, 0.5, 0.08)]
-    careful, bold, wild = (1, 0.3, 0.06), (2, 0.2, 0.09), (3, 0.1, 0.2)
-    runs = [tuned(arm, *run) for arm in ("full", "qlora") for run in (careful, bold, wild)]
-    monkeypatch.setattr(experiment, "read_records", lambda path: [*start, *runs])
-    assert experiment.best_learning_rate("full") == 1
-    assert experiment.best_learning_rate("qlora") == 2  # measured from its own start in NF4
+    careful, bold, wild = (1, 0.3, 0.06), (2, 0.2, 0.065), (3, 0.1, 0.2)
+    runs = [tuned(arm, *run) for arm in ("full", "lora") for run in (careful, bold, wild)]
+    monkeypatch.setattr(experiment, "read_records", lambda path: [tuned("zero-shot", None, 0.5, 0.05), *runs])
+    assert experiment.best_learning_rate("full") == 2
+    assert experiment.best_learning_rate("qlora") == experiment.best_learning_rate("lora") == 2
     runs[:] = [tuned("full", *wild), tuned("full", 4, 0.05, 0.3)]
     assert experiment.best_learning_rate("full") == 3  # all forget much: the least
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.first_qlora_run import ARMS, COST, RECORDS, TUNING, WINDOW, best_learning_rate
+from experiments.first_qlora_run import ARMS, RECORDS, TUNING, WINDOW, best_learning_rate
 from mmqlora import plots
 from mmqlora.records import read_records
 from mmqlora.whisper import FULL_WINDOW
@@ -38,7 +38,7 @@ class Results:
     """The records, and what follows from them."""
 
     def __init__(self) -> None:
-        self.records, self.tuned, self.timed = read_records(RECORDS), read_records(TUNING), read_records(COST)
+        self.records, self.tuned = read_records(RECORDS), read_records(TUNING)
 
     def of(self, arm: str) -> list[dict[str, Any]]:
         """The records of an arm, by seed."""
@@ -47,6 +47,7 @@ class Results:
     def errors(self, arm: str, part: str, window: float = FULL_WINDOW) -> tuple[np.ndarray, np.ndarray]:
         """Word errors (seeds, sentences) and words (sentences) of a part of the test set."""
         rows = [[i for i in r["items"] if i[0].startswith(part) and i[1] == window] for r in self.of(arm)]
+        rows = [run for run in rows if run]  # the window of training was judged on the first seed alone
         return np.array([[i[3] for i in run] for run in rows]), np.array([i[4] for i in rows[0]])
 
     def rate(self, arm: str, part: str, window: float = FULL_WINDOW) -> float:
@@ -61,7 +62,7 @@ class Results:
             for name, part in PARTS.items():
                 for window in (WINDOW, FULL_WINDOW) if name != "human prompts" else (FULL_WINDOW,):
                     edits, words = self.errors(arm, part, window)
-                    for run, rate in zip(self.of(arm), edits.sum(1) / words.sum(), strict=True):
+                    for run, rate in zip(self.of(arm), edits.sum(1) / words.sum(), strict=False):
                         rows.append((arm, run["seed"], name, window, rate))
         return pd.DataFrame(rows, columns=["arm", "seed", "part", "window", "wer"])
 
@@ -153,6 +154,10 @@ class Results:
         table = pd.DataFrame(rows, columns=names).sort_values("learning rate", na_position="first", kind="stable")
         return table.sort_values("arm", key=lambda arms: arms.map(order.index), kind="stable")
 
+    def discarded(self) -> dict[str, Any]:
+        """The one run at a learning rate that was given up, seen before the rate was changed."""
+        return read_records(RECORDS.with_name("first_qlora_run_discarded.jsonl"))[0]
+
     def tuning_words(self) -> int:
         """Words in the human prompts that the learning rates were chosen by."""
         return sum(item[4] for item in self.tuned[0]["items"] if item[0].startswith("prompts"))
@@ -168,14 +173,14 @@ class Results:
         return pd.DataFrame(rows, columns=["set", "window", "wer"]).sort_values(["set", "window"])
 
     def costs(self) -> pd.DataFrame:
-        """Median cost of a run by arm, from rounds in which the arms took turns."""
+        """Median cost of a run by arm."""
         rows = {}
         for arm in ARMS:
-            runs = [r for r in self.timed if r["config"]["arm"] == arm]
+            runs = self.of(arm)
             step = np.median([r["cpu_s"] / r["config"]["steps"] for r in runs])
             peak, start = (np.median([r[key] for r in runs]) for key in ("peak_bytes", "start_bytes"))
             trained = runs[0]["parameters"]["trainable"]
-            rows[arm] = {
+            rows[NAMES[arm]] = {
                 "trained weights": f"{trained:,}",
                 "share": f"{self.trainable(arm):.2%}",
                 "CPU s a step": f"{step:.2f}",
@@ -183,17 +188,17 @@ class Results:
                 "of it before training (GB)": f"{start / 1e9:.2f}",
                 "to store for each task (MB)": f"{4 * trained / 1e6:.1f}",
             }
-        return pd.DataFrame(rows).T.rename_axis("arm")
+        return pd.DataFrame(rows).T
 
     def ratio(self, key: str, arm: str, against: str) -> str:
-        """Median of the ratios of paired rounds, smallest to largest in parentheses."""
-        value = {(r["config"]["arm"], r["seed"]): r[key] for r in self.timed}
-        ratios = [value[arm, seed] / value[against, seed] for a, seed in value if a == arm]
+        """Median of the ratios of runs paired by seed, smallest to largest in parentheses."""
+        pairs = zip(self.of(arm), self.of(against), strict=True)
+        ratios = [run[key] / other[key] for run, other in pairs]
         return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
     def beside_weights(self) -> float:
         """Bytes at the peak of a full run that are not weights, gradients or optimizer."""
-        runs = [r for r in self.timed if r["config"]["arm"] == "full"]
+        runs = self.of("full")
         return float(np.median([r["peak_bytes"] for r in runs])) - 16 * runs[0]["parameters"]["trainable"]
 
 
