@@ -559,6 +559,15 @@ def test_broken_files(real_media_dir: Path, name: str) -> None:
         read_audio(path)
 
 
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.filterwarnings("ignore:.*complained")
+def test_a_broken_file_holds_nobody_up_for_more_than_the_limit(real_media_dir: Path, name: str) -> None:
+    start = time.monotonic()
+    with contextlib.suppress(MediaError):  # that, too, is an answer in time
+        read_video(real_media_dir / "broken" / name)
+    assert time.monotonic() - start < 21
+
+
 @pytest.mark.filterwarnings("ignore:.*complained")
 def test_what_is_left_of_a_real_file_can_be_read(real_media_dir: Path) -> None:
     with pytest.warns(UserWarning, match="132"):
