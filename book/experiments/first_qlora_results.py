@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.first_qlora_run import ARMS, RECORDS, TUNING, WINDOW, best_learning_rate
+from experiments.first_qlora_run import ARMS, MEMORY, RECORDS, TUNING, WINDOW, best_learning_rate
 from mmqlora import plots
 from mmqlora.records import read_records
 from mmqlora.whisper import FULL_WINDOW
@@ -38,7 +38,7 @@ class Results:
     """The records, and what follows from them."""
 
     def __init__(self) -> None:
-        self.records, self.tuned = read_records(RECORDS), read_records(TUNING)
+        self.records, self.tuned, self.measured = read_records(RECORDS), read_records(TUNING), read_records(MEMORY)
 
     def of(self, arm: str) -> list[dict[str, Any]]:
         """The records of an arm, by seed."""
@@ -179,18 +179,20 @@ class Results:
                 rows.append((name, window, chosen[:, 0].sum() / chosen[:, 1].sum()))
         return pd.DataFrame(rows, columns=["set", "window", "wer"]).sort_values(["set", "window"])
 
+    def memory(self, arm: str) -> list[dict[str, Any]]:
+        """The runs in processes of their own, whose peak was measured, by round."""
+        return sorted((r for r in self.measured if r["config"]["arm"] == arm), key=lambda r: r["seed"])
+
     def costs(self) -> pd.DataFrame:
         """Median cost of a run by arm."""
         rows = {}
         for arm in ARMS:
-            runs = self.of(arm)
-            step = np.median([r["cpu_s"] / r["config"]["steps"] for r in runs])
-            peak, start = (np.median([r[key] for r in runs]) for key in ("peak_bytes", "start_bytes"))
-            trained = runs[0]["parameters"]["trainable"]
+            trained = self.of(arm)[0]["parameters"]["trainable"]
+            peak, start = (np.median([r[key] for r in self.memory(arm)]) for key in ("peak_bytes", "start_bytes"))
             rows[NAMES[arm]] = {
                 "trained weights": f"{trained:,}",
                 "share": f"{self.trainable(arm):.2%}",
-                "CPU s a step": f"{step:.2f}",
+                "CPU s a step": f"{np.median([r['cpu_s'] / r['config']['steps'] for r in self.of(arm)]):.2f}",
                 "peak of the process (GB)": f"{peak / 1e9:.2f}",
                 "of it before training (GB)": f"{start / 1e9:.2f}",
                 "to store for each task (MB)": f"{4 * trained / 1e6:.1f}",
@@ -198,14 +200,14 @@ class Results:
         return pd.DataFrame(rows).T
 
     def ratio(self, key: str, arm: str, against: str) -> str:
-        """Median of the ratios of runs paired by seed, smallest to largest in parentheses."""
-        pairs = zip(self.of(arm), self.of(against), strict=True)
-        ratios = [run[key] / other[key] for run, other in pairs]
+        """Median of the ratios of paired runs, smallest to largest in parentheses."""
+        runs = self.memory if key == "peak_bytes" else self.of
+        ratios = [run[key] / other[key] for run, other in zip(runs(arm), runs(against), strict=True)]
         return f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
     def beside_weights(self) -> float:
         """Bytes at the peak of a full run that are not weights, gradients or optimizer."""
-        runs = self.of("full")
+        runs = self.memory("full")
         return float(np.median([r["peak_bytes"] for r in runs])) - 16 * runs[0]["parameters"]["trainable"]
 
 

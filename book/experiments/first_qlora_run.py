@@ -2,6 +2,7 @@
 
     cd book && python -m experiments.first_qlora_run --tune     # learning rates: first, as the rest reads them
     cd book && python -m experiments.first_qlora_run            # everything that is not in records/ yet
+    cd book && python -m experiments.first_qlora_run --memory   # peak memory, each run in a process of its own
     cd book && python -m experiments.first_qlora_run --arm qlora --seed 3    # one run, made again
 
 Three arms learn the same sentences for the same steps: full fine-tuning (fp32 weights, bf16 compute), LoRA on a bf16
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +37,7 @@ NAME = "first_qlora_run"
 MODEL = "openai/whisper-tiny.en"
 RECORDS = Path(__file__).parent.parent / "records" / f"{NAME}.jsonl"
 TUNING = RECORDS.with_name(f"{NAME}_tuning.jsonl")
+MEMORY = RECORDS.with_name(f"{NAME}_memory.jsonl")
 
 SEEDS = range(1, 7)
 WINDOW = 10.0  # seconds; the longest synthetic sentence has 5.8
@@ -227,6 +231,38 @@ def wanted(tuning: bool) -> list[tuple[dict[str, Any], int]]:
     return [(config, 0) for config in as_it_comes] + trained + [(untrained("windows", w), 0) for w in WINDOWS]
 
 
+def memory(rounds: int = 3) -> None:
+    """Record the peak memory of every arm. In one process, a run would count what the runs before it left behind."""
+    for turn in range(rounds):
+        for arm in ARMS:
+            words = ["-m", f"experiments.{NAME}", "--memory-of", arm, str(turn)]
+            subprocess.run([sys.executable, *words], check=True)
+
+
+def memory_of(arm: str, turn: int, folder: Path, steps: int = 4) -> None:
+    """Record a run of a few steps; the peak is reached in the second, when the optimizer has its state."""
+    config = {**configuration(arm, best_learning_rate(arm)), "steps": steps}
+    model, processor = build(config, turn)
+    train, _ = data_sets(folder, tuning=False)
+    train.rows = train.rows[: steps * BATCH]
+    examples = prepare(train, processor, WINDOW, progress=False)
+    with short_window(model, WINDOW):
+        record = fine_tune(
+            model,
+            examples,
+            collate=collate,
+            seed=turn,
+            steps=steps,
+            batch_size=BATCH,
+            learning_rate=config["learning_rate"],
+            experiment=f"{NAME}_memory",
+            config=config,
+            data=train.fingerprint(),
+            progress=False,
+        )
+    append_record(MEMORY, record)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="choose learning rates")
@@ -234,8 +270,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--every", type=int, default=1, help="take every Nth run ...")
     parser.add_argument("--first", type=int, default=0, help="... from this one on, to share the work")
+    parser.add_argument("--memory", action="store_true", help="peak memory")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ARM", "ROUND"), help="one run of --memory")
     options = parser.parse_args()
     folder = Path(os.environ.get("MMQLORA_REAL", "../../shared/real")) / "speech"
+    if options.memory_of:
+        return memory_of(options.memory_of[0], int(options.memory_of[1]), folder)
+    if options.memory:
+        return memory()
     path = TUNING if options.tune else RECORDS
     runs = wanted(options.tune)[options.first :: options.every]
     for config, seed in runs:
