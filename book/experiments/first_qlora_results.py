@@ -170,14 +170,18 @@ class Results:
         )
 
     def windows(self) -> pd.DataFrame:
-        """Word error rate of the model as it comes on clips of at most 6 s, by window."""
+        """The model as it comes on clips of at most 6 s, by window: word error rate, clips, and those that ran away.
+
+        A clip has run away if it has more than 30 word errors: there, the model never stopped.
+        """
         rows = []
         for record in self.of("windows"):
             window = record["config"]["window_s"]
             for name, part in {"synthetic lines": "synthetic/lines", "human prompts": "prompts/up-to-6s"}.items():
                 chosen = np.array([i[3:] for i in record["items"] if i[0].startswith(part)])
-                rows.append((name, window, chosen[:, 0].sum() / chosen[:, 1].sum()))
-        return pd.DataFrame(rows, columns=["set", "window", "wer"]).sort_values(["set", "window"])
+                edits, words = chosen.T
+                rows.append((name, window, edits.sum() / words.sum(), len(edits), int((edits > 30).sum())))
+        return pd.DataFrame(rows, columns=["set", "window", "wer", "clips", "ran away"]).sort_values(["set", "window"])
 
     def memory(self, arm: str) -> list[dict[str, Any]]:
         """The runs in processes of their own, whose peak was measured, by round."""
