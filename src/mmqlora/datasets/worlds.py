@@ -123,15 +123,10 @@ SYNONYMS = {
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 THIRDS = ("early", "midway", "late")
-_OTHER_WORDS = ("then", "after", "sound", "agrees", "differs", "describe", "what", "happens", "last", "when", "how")
-_MORE_WORDS = ("many", "events", "is", "before", "yes", "no", "?")
 # Every word that a caption, a question or an answer can hold.
-WORDS = tuple(
-    dict.fromkeys(
-        [*COLORS, *SHAPES, *VERBS, *" ".join(SOUNDS).split(), *MANNERS, *SYNONYMS.values()]
-        + [*NUMBERS, *ORDINALS, *THIRDS, *_OTHER_WORDS, *_MORE_WORDS]
-    )
-)
+_OTHERS = "then after sound agrees differs describe what happens last when how many events is before yes no ?"
+_SAID = (*COLORS, *SHAPES, *VERBS, *SOUNDS, *MANNERS, *SYNONYMS.values(), *NUMBERS, *ORDINALS, *THIRDS, _OTHERS)
+WORDS = tuple(dict.fromkeys(" ".join(_SAID).split()))
 
 _SPANS = {"appears": 1, "disappears": 1, "becomes": 1, "turns": 2, "hits": 3}  # frames an event takes
 _QUICK = {"tone": 0.25, "chirp": 0.3, "click": 0.06, "noise": 0.25}  # seconds a sound takes, once
@@ -416,9 +411,7 @@ class World(Dataset):
         starts = 1 + _place(rng, spans, 0 if faster else 1, count - 2, pace)
         # Then every shape through the frames.
         busy = np.zeros(count, bool)
-        tracks = [
-            _track(index, first[index], born[index], int(cells[index]), jitter, count, self.size) for index in born
-        ]
+        tracks = [_track(first[i], born[i] == 0, int(cells[i]), jitter[i], count, self.size) for i in born]
         events, keys = [], []
         for (verb, who, after, known), start, span in zip(steps, starts, spans, strict=True):
             track, stop = tracks[who], start + span
@@ -571,16 +564,16 @@ def _place(rng: np.random.Generator, spans: Sequence[int], gap: int, total: int,
     return cuts + np.concatenate([[0], np.cumsum(spans)[:-1]]).astype(int) + gap * np.arange(len(spans))
 
 
-def _track(index: int, look: tuple[int, int], born: int, cell: int, jitter: np.ndarray, count: int, size: int) -> Track:
+def _track(look: tuple[int, int], visible: bool, cell: int, jitter: np.ndarray, count: int, size: int) -> Track:
     x, y = (size * (0.25 + 0.5 * place) - 0.5 for place in (cell % 2, cell // 2))
     return Track(
         shape=look[1],
         cell=cell,
         color=np.full(count, look[0]),
-        visible=np.full(count, born == 0),
+        visible=np.full(count, visible),
         angle=np.zeros(count),
-        x=np.full(count, x + jitter[index, 0]),
-        y=np.full(count, y + jitter[index, 1]),
+        x=np.full(count, x + jitter[0]),
+        y=np.full(count, y + jitter[1]),
     )
 
 
