@@ -17,7 +17,8 @@ from .quantization import (  # isort: skip
     quantization_report,
     quantize,
 )
-from .errors import MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
+from .errors import GridError, MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
+from .grids import run_grid
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
 from .memory import Memory, measure
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Audio",
     "ErrorRate",
+    "GridError",
     "LayerReport",
     "MMQLoRAError",
     "MediaError",
@@ -58,6 +60,7 @@ __all__ = [
     "read_records",
     "read_video",
     "regions",
+    "run_grid",
     "word_error_rate",
     "write_audio",
     "write_video",

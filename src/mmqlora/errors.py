@@ -32,9 +32,17 @@ class QuantizationError(MMQLoRAError):
     """A model that can't be found, loaded or quantized as asked."""
 
 
+class MethodError(MMQLoRAError):
+    """A fine-tuning method that is unknown, or that does not fit a model, its bits or its settings."""
+
+
 class TrainingError(MMQLoRAError):
     """A run that can't start or had to stop, such as one whose loss is no longer finite."""
 
 
 class RecordError(MMQLoRAError):
-    """A run record that is damaged, incomplete or missing."""
+    """A run record that is damaged, incomplete or missing, or that can't be compared with others."""
+
+
+class GridError(MMQLoRAError):
+    """A grid of runs that can't start, such as one whose function a new process can't import."""
