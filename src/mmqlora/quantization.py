@@ -49,6 +49,7 @@ _bnb_logger.setLevel(_level)
 logger = logging.getLogger("mmqlora")
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # base models of the embedded benchmark
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ def load(
         >>> model, processor = mm.load("openai/whisper-tiny.en", quant_type="nf4")  # doctest: +SKIP
         >>> mm.quantization_report(model)  # doctest: +SKIP
 
-    A model is looked for in this order: `name_or_path` as a folder; then, in each folder that the environment
+    "mmqlora/video", "mmqlora/audio" and "mmqlora/retrieval" come with the library (see `benchmark`). Any other
+    model is looked for in this order: `name_or_path` as a folder; then, in each folder that the environment
     variable ``MMQLORA_MODELS`` lists, ``org/name``, ``org--name`` and ``name``; then the Hugging Face hub. One line
     says which it was, and the full path is logged under "mmqlora". Only safetensors are read, and no code
     that comes with a model is run.
@@ -362,6 +364,11 @@ def _find(name: str) -> tuple[str, list[str]]:
     if Path(name).is_dir():
         logger.info("%s: a folder", name)
         return name, [f"the folder {name!r}"]
+    if name.startswith("mmqlora/"):
+        own = sorted(f"mmqlora/{path.parent.name}" for path in CHECKPOINTS.glob("*/config.json"))
+        if name not in own:
+            raise QuantizationError(f"{name!r} does not come with mmqlora; {', '.join(own)} do")
+        return str(CHECKPOINTS / name.removeprefix("mmqlora/")), ["mmqlora itself"]
     searched = []
     for folder in filter(None, os.environ.get("MMQLORA_MODELS", "").split(os.pathsep)):
         for candidate in dict.fromkeys((name, name.replace("/", "--"), name.rsplit("/", 1)[-1])):
