@@ -171,7 +171,7 @@ class Audio(nn.Module):
 class Retrieval(nn.Module):
     """CLIP-style: a ViViT that merges four frames into each token, beside CLIP's text model."""
 
-    kind, stages, rate = "clips", {"tell": (2400, 64)}, 1e-3
+    kind, stages, rate = "clips", {"tell": (1600, 64)}, 1e-3
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,9 +385,10 @@ library_name: transformers
 
 {MODELS[name].__doc__}
 
-A base model of the embedded benchmark of *Less is more: multimodal learning with QLoRA*. It has {record["parameters"]:,}
-parameters and was trained from nothing on generated {MODELS[name].kind} (`mmqlora.datasets.worlds`), without any shift, by
-`python -m experiments.base_models {name}`. It knows those and nothing else: it is a test bench, not a model to use.
+A base model of the embedded benchmark of *Less is more: multimodal learning with QLoRA*. It has
+{record["parameters"]:,} parameters and was trained from nothing on generated {MODELS[name].kind} without any shift
+(`mmqlora.datasets.worlds`), by `python -m experiments.base_models {name}`. It knows those and nothing else: it is a
+test bench, not a model to use.
 
     model, processor = mmqlora.load("mmqlora/{name}", quant_type="nf4")
 

@@ -12,7 +12,7 @@ Example:
 |---|---|---|---|
 | `mmqlora/video` | SmolVLM | each frame as one token | tells what happens, answers questions |
 | `mmqlora/audio` | Whisper | six seconds of mel steps | tells what sounds, answers questions |
-| `mmqlora/retrieval` | ViViT and CLIP's text model | 24 frames, four to a token | finds the caption of a clip, and the clip of a caption |
+| `mmqlora/retrieval` | ViViT and CLIP's text model | 24 frames, four to a token | finds captions and clips |
 
 They were trained on the unshifted world (`datasets.worlds`). A task is a model and a shift of that world: the model's
 score falls, and fine-tuning on a thousand shifted items should bring it back. Training items differ by seed; the items

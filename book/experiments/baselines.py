@@ -1,0 +1,223 @@
+"""The experiment of the chapter *Baselines*: every method, at 16 and 4 bits, on the main tasks of the benchmark.
+
+    cd book && python -m experiments.baselines --tune     # learning rates: first, as the rest reads them
+    cd book && python -m experiments.baselines            # everything that is not in records/ yet
+    cd book && python -m experiments.baselines --shifts   # what each shift costs, and what full fine-tuning brings back
+    cd book && python -m experiments.baselines --memory   # peak memory, each run in a process of its own
+
+Each method's learning rate is chosen at 16 bits on seed 0, which is not reported, by the primary score on validation
+items: the best of three rates, with another outward while the best is the outermost, five at most. Its 4-bit run takes
+the same rate. "16 bits" are the weights as they are stored; a CPU computes in float32 with either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmqlora import benchmark, methods
+from mmqlora.errors import MMQLoRAError
+from mmqlora.grids import run_grid
+from mmqlora.records import make_record, read_records
+from mmqlora.training import fine_tune
+
+RECORDS = Path(__file__).parent.parent / "records"
+MAIN = ("video/palette", "audio/timbre", "retrieval/palette")
+PRIMARY = {"video": "word_accuracy", "audio": "word_accuracy", "retrieval": "reciprocal_rank"}
+SEEDS = range(1, 7)
+MOST_RATES = 5
+STEP = 10**0.5  # from one learning rate to the next
+# The middle of the first three rates.
+RATES = {
+    "full": 1e-3,
+    "head": 3e-3,
+    "lora": 3e-3,
+    "rslora": 3e-3,
+    "dora": 3e-3,
+    "adalora": 1e-2,
+    "eva": 3e-3,
+    "pissa": 1e-3,
+    "ia3": 3e-2,
+    "vera": 3e-2,
+    "oft": 3e-3,
+    "boft": 3e-3,
+    "adapter": 3e-3,
+    "ln-tuning": 1e-2,
+    "prefix": 3e-2,
+    "prompt": 3e-2,
+    "p-tuning": 3e-3,
+}
+
+
+def configuration(task: str, method: str, bits: int, learning_rate: float, **more: Any) -> dict[str, Any]:
+    """What identifies a run, apart from its seed."""
+    return {"task": task, "method": method, "bits": bits, "learning_rate": learning_rate, **more}
+
+
+def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run of the grid: adapt, fine-tune, judge."""
+    task = benchmark.TASKS[config["task"]]
+    steps, quant_type = config.get("steps", task.steps), "nf4" if config["bits"] == 4 else None
+    train, model = task.train(seed), task.load()
+    batches = None
+    if config["method"] == "eva":
+        batches = [task.collate([train[i] for i in range(start, start + 32)]) for start in range(0, 128, 32)]
+    torch.manual_seed(seed)
+    model = methods.adapt(
+        model,
+        config["method"],
+        quant_type=quant_type,
+        seed=seed,
+        batches=batches,
+        steps=steps if config["method"] == "adalora" else None,
+    )
+    validation = config.get("validation", False)
+    about = {"experiment": "baselines", "config": config, "data": train.fingerprint()}
+    if config["method"] == "none":
+        metrics = task.judge(validation)(model)
+        items = metrics.pop("items")
+        return make_record("baselines", config, seed, data=about["data"], measured={"metrics": metrics, "items": items})
+    return fine_tune(
+        model,
+        train,
+        task.judge(validation) if config.get("judged", True) else None,
+        collate=task.collate,
+        seed=seed,
+        steps=steps,
+        batch_size=task.batch_size,
+        learning_rate=config["learning_rate"],
+        bf16=False,
+        callbacks=methods.callbacks(model),
+        progress=False,
+        **about,
+    )
+
+
+def arms(task: str) -> list[tuple[str, int]]:
+    """Methods with their bits that work on a task's model."""
+    model = benchmark.TASKS[task].load()
+    return [
+        (method, bits)
+        for method in RATES
+        for bits in (16, 4)
+        if not methods.why_not(model, method, "nf4" if bits == 4 else None)
+    ]
+
+
+def tried(tasks: tuple[str, ...] = MAIN) -> dict[tuple[str, str], dict[float, float]]:
+    """Score of each learning rate that was tried, by task and method."""
+    path = RECORDS / "baselines_tuning.jsonl"
+    scores: dict[tuple[str, str], dict[float, float]] = {}
+    for record in read_records(path) if path.exists() else []:
+        config = record["config"]
+        score = record["metrics"][PRIMARY[config["task"].split("/")[0]]]
+        scores.setdefault((config["task"], config["method"]), {})[config["learning_rate"]] = score
+    return scores
+
+
+def rate_of(step: int, method: str) -> float:
+    """The learning rate so many half decades from a method's first one, as it is written."""
+    return float(f"{RATES[method] * STEP**step:.2g}")
+
+
+def wanted(scores: dict[float, float], method: str) -> list[float]:
+    """Learning rates to try next; empty when the best lies between two others, or enough were tried."""
+    first = [rate_of(step, method) for step in (-1, 0, 1)]
+    if missing := [rate for rate in first if rate not in scores]:
+        return missing
+    steps = {step: scores[rate_of(step, method)] for step in range(-4, 5) if rate_of(step, method) in scores}
+    best = max(steps, key=steps.get)
+    if len(steps) >= MOST_RATES or min(steps) < best < max(steps):
+        return []
+    return [rate_of(best + (1 if best == max(steps) else -1), method)]
+
+
+def tune(tasks: tuple[str, ...], names: list[str], **options: Any) -> None:
+    """Try learning rates until each method has its best."""
+    failed: set[tuple[str, str]] = set()
+    while True:
+        scores, runs = tried(), []
+        for task in tasks:
+            for method in dict.fromkeys(method for method, _ in arms(task)):
+                if method in names and (task, method) not in failed:
+                    for rate in wanted(scores.get((task, method), {}), method):
+                        runs.append((configuration(task, method, 16, rate, validation=True), 0))
+        if not runs:
+            return
+        # One round: the file holds earlier ones too.
+        grid = run_grid("experiments.baselines:run", runs, RECORDS / "baselines_tuning.jsonl", **options)
+        for failure in grid.failures:
+            # A rate that diverges is a rate that is not the best.
+            print(failure.config, failure.error[-300:], file=sys.stderr)
+            failed.add((failure.config["task"], failure.config["method"]))
+
+
+def best_rate(task: str, method: str) -> float:
+    """The learning rate that was chosen.
+
+    Raises:
+        MMQLoRAError: there are no tuning records of it.
+    """
+    scores = tried().get((task, method))
+    if not scores:
+        raise MMQLoRAError(f"no learning rate was tried for {method} on {task}; run with --tune first")
+    return max(scores, key=scores.get)
+
+
+def main_runs(tasks: tuple[str, ...], names: list[str]) -> list[tuple[dict[str, Any], int]]:
+    """The runs of the chapter, seed by seed, so that a grid that is stopped has whole seeds."""
+    cells = [(task, *arm) for task in tasks for arm in arms(task) if arm[0] in names]
+    cells = [(*cell, best_rate(cell[0], cell[1])) for cell in cells if (cell[0], cell[1]) in tried()]
+    untrained = [(configuration(task, "none", bits, 0.0), 1) for task in tasks for bits in (16, 4)]
+    return untrained + [(configuration(*cell), seed) for seed in SEEDS for cell in cells]
+
+
+def shift_runs(names: tuple[str, ...]) -> list[tuple[dict[str, Any], int]]:
+    """Every task of the benchmark: as it comes, and after full fine-tuning."""
+    runs = []
+    for name in names:
+        runs.append((configuration(name, "none", 16, 0.0), 1))
+        runs.append((configuration(name, "full", 16, best_rate(main_of(name), "full")), 1))
+    return runs
+
+
+def main_of(task: str) -> str:
+    """The main task of a task's model."""
+    return next(name for name in MAIN if name.split("/")[0] == task.split("/")[0])
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--shifts", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--task", action="append", help="only this task; may be given again")
+    parser.add_argument("--method", action="append", help="only this method; may be given again")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    tasks, names = tuple(arguments.task or MAIN), arguments.method or list(RATES)
+    options = {"processes": arguments.processes, "timeout": 1800}
+    if arguments.tune:
+        tune(tasks, names, **options)
+        return
+    if arguments.shifts:
+        every = tuple(arguments.task or benchmark.TASKS)
+        runs, path = shift_runs(every), RECORDS / "shifts.jsonl"
+    elif arguments.memory:
+        cells = [(task, *arm) for task in tasks for arm in arms(task) if arm[0] in names]
+        runs = [(configuration(*cell, RATES[cell[1]], steps=6, judged=False), 0) for cell in cells]
+        path, options["fresh"] = RECORDS / "baselines_memory.jsonl", True
+    else:
+        runs, path = main_runs(tasks, names), RECORDS / "baselines.jsonl"
+    grid = run_grid("experiments.baselines:run", runs, path, **options)
+    for failure in grid.failures:
+        print(failure.config, failure.seed, failure.error[-500:], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
