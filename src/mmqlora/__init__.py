@@ -17,6 +17,7 @@ from .quantization import (  # isort: skip
     quantization_report,
     quantize,
 )
+from .comparisons import compare
 from .errors import GridError, MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
 from .grids import run_grid
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
@@ -47,6 +48,7 @@ __all__ = [
     "append_record",
     "character_error_rate",
     "close_cpu_traps",
+    "compare",
     "english_normalizer",
     "fine_tune",
     "fingerprint",
