@@ -4,6 +4,7 @@
     cd book && python -m experiments.base_models audio       # 30
     cd book && python -m experiments.base_models retrieval   # 55
     cd book && python -m experiments.base_models audio --evaluate   # only score and record what the library holds
+    cd book && python -m experiments.base_models audio --bits       # what 4 bits cost, by region
 
 A run that was stopped goes on from its newest checkpoint, in ``--work``. The data never repeats: step s reads items
 that no other step reads, so where a run was stopped makes no difference. When it is done, the model is written to the
@@ -43,6 +44,7 @@ import mmqlora as mm
 from mmqlora import benchmark as bench
 from mmqlora.benchmark import READERS
 from mmqlora.datasets.worlds import COLORS, FRAME_RATE, SHAPES, SOUNDS, VERBS, World
+from mmqlora.grids import run_grid
 from mmqlora.media import uniform_indices
 from mmqlora.records import append_record, fingerprint, make_record
 
@@ -370,6 +372,30 @@ def assess(name: str) -> dict:
     return make_record("base_models", config, 0, data=world.fingerprint(), measured=measured)
 
 
+def in_few_bits(config: dict, seed: int) -> dict:
+    """One run of ``--bits``: the scores of a model some of whose regions are quantized."""
+    task = bench.TASKS[f"{config['model']}/none"]
+    world = World(task.reader.kind, config["items"], bench.TEST)
+    model = task.load()
+    if config["quant_type"]:
+        others = sorted({row.region for row in mm.regions(model).rows} - set(config["regions"]))
+        mm.quantize(model, config["quant_type"], exclude=others)
+    metrics = bench.evaluate(model, task.reader, list(world))
+    items = metrics.pop("items")
+    measured = {"metrics": metrics, "items": items}
+    return make_record("base_models_bits", config, seed, data=world.fingerprint(), measured=measured)
+
+
+def bits_runs(name: str) -> list[tuple[dict, int]]:
+    """Each region alone and all together, in each 4-bit format."""
+    regions = list(dict.fromkeys(row.region for row in mm.regions(bench.TASKS[f"{name}/none"].load()).rows))
+    common = {"model": name, "items": 500}
+    runs = [{**common, "quant_type": None, "regions": []}]
+    for quant_type in ("nf4", "fp4"):
+        runs += [{**common, "quant_type": quant_type, "regions": part} for part in (*([r] for r in regions), regions)]
+    return [(config, 0) for config in runs]
+
+
 def card(name: str, record: dict) -> str:
     """The model card, whose numbers come from the record."""
     metrics = record["metrics"]
@@ -405,8 +431,13 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--work", type=Path, default=Path("../.book/base_models"), help="folder of checkpoints")
     parser.add_argument("--evaluate", action="store_true", help="don't train")
+    parser.add_argument("--bits", action="store_true", help="only measure what 4 bits cost")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.bits:
+        path = RECORDS.with_name("base_models_bits.jsonl")
+        run_grid("experiments.base_models:in_few_bits", bits_runs(arguments.model), path)
+        return
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not arguments.evaluate:
         export(arguments.model, train(arguments.model, arguments.work), CHECKPOINTS / arguments.model)
