@@ -2,9 +2,9 @@
 
 Example:
     >>> world = World("clips", count=100, seed=1)
-    >>> clip = world[0]
+    >>> clip = world[6]
     >>> clip.frames.shape, clip.caption
-    ((19, 32, 32, 3), 'pink triangle hits green circle then green circle appears')
+    ((23, 32, 32, 3), 'white square becomes yellow then red square appears')
 
 One grammar for all kinds::
 
@@ -19,7 +19,8 @@ One grammar for all kinds::
 the caption ends in "sound agrees" or "sound differs".
 
 A shift changes one thing and nothing else: the same seed and index give the same events, and the same pixels but for
-what the shift touches. Strength 1 is what the benchmark uses; 0 changes nothing.
+what the shift touches. Strength 1 is what the benchmark uses; 0 changes nothing. Syntax, reversed and faster have no
+halves: any strength above 0 is all of it. "words" and "flashes" grow word by word and flash by flash.
 
 | region | shift | what changes |
 |---|---|---|
@@ -33,8 +34,8 @@ what the shift touches. Strength 1 is what the benchmark uses; 0 changes nothing
 | text | words | other words for the same things |
 | text | syntax | the predicate comes first |
 | time | reversed | events are told from the last to the first, joined by "after" |
-| time | longer | more frames or seconds for the same events |
-| time | faster | events are shorter and follow each other without a still frame or a pause |
+| time | longer | up to twice the frames or seconds, at most 64 frames, for the same events |
+| time | faster | events are shorter and follow each other without a still frame; sounds, 40 ms apart |
 | time | flashes | foreign frames or blips that don't count |
 """
 
@@ -43,7 +44,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,10 @@ _PAUSE = 0.08  # seconds between the two of "twice"
 class Event:
     """What happens, to whom, and when.
 
+    Example:
+        >>> Event("red circle", "becomes blue", start=0.5, stop=0.625).phrase
+        'red circle becomes blue'
+
     Attributes:
         subject: adjective and noun, such as "red circle".
         predicate: verb with its complement ("becomes blue", "hits green cross"), or "once" or "twice".
@@ -157,7 +162,18 @@ class Event:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and its sort: "what", "when", "how many" or "order"."""
+    """A question, its answer, and its sort: "what", "when", "how many" or "order".
+
+    Example:
+        >>> Question("how many events ?", "two", "how many").answer
+        'two'
+
+    Attributes:
+        text: in the world's words and word order.
+        answer: a phrase ("what"), "early", "midway" or "late" (the third of the clip in which the event starts), a
+            number, or "yes" or "no".
+        sort: what is asked for.
+    """
 
     text: str
     answer: str
@@ -167,6 +183,10 @@ class Question:
 @dataclass(frozen=True, eq=False)
 class Track:
     """One shape over the frames of a clip: the truth behind the pixels.
+
+    Example:
+        >>> [SHAPES[track.shape] for track in World("clips", count=10, seed=1)[6].tracks]
+        ['square', 'square']
 
     Attributes:
         shape: index into `SHAPES`.
@@ -190,17 +210,24 @@ class Track:
 class Item:
     """A clip, a sound or both, with what is true of it.
 
+    Example:
+        >>> item = World("both", count=10, seed=1)[6]
+        >>> item.events[0].phrase, item.events[0].start, item.heard[0].phrase
+        ('white square becomes yellow', 0.375, 'middle tone once')
+
     Attributes:
         index: its place in the world.
         caption: what happens, in order.
         events: the `Event` objects, in order of time.
         questions: `Question` objects.
-        negatives: captions that are nearly right: two events swapped, or one word changed.
+        negatives: captions that are nearly right: two events swapped, or one word changed. They tell the events
+            alone, without the clause on the sound.
         frames: (F, H, W, 3) uint8, or None for sounds.
         audio: `media.Audio`, or None for clips.
         rate: frames a second.
-        key_frames: for each event the frame that shows it best.
-        flashes: frames, or seconds for sounds, of what must be ignored.
+        heard: of a clip with sound, the sound of each event; it may last past the end of the event, or of the clip.
+        key_frames: for each event the frame that shows it best; none for sounds.
+        flashes: what must be ignored: the frames shown for one frame, or the seconds at which blips of 0.05 s start.
         tracks: the shapes behind the pixels; not written to files.
         shifts: name to strength.
         regions: regions that the shifts touch.
@@ -214,6 +241,7 @@ class Item:
     frames: np.ndarray | None = None
     audio: Audio | None = None
     rate: float = FRAME_RATE
+    heard: tuple[Event, ...] = ()
     key_frames: tuple[int, ...] = ()
     flashes: tuple[float, ...] = ()
     tracks: tuple[Track, ...] = ()
@@ -225,18 +253,19 @@ class World(Dataset):
     """A data set of generated items; the same arguments give the same bytes everywhere.
 
     Example:
-        >>> World("sounds", count=10, seed=1)[3].caption
-        'low click twice then low tone once then high noise twice'
+        >>> World("sounds", count=10, seed=1)[2].caption
+        'high tone twice then high noise once then low tone once'
         >>> World("clips", count=10, seed=1, shifts={"palette": 1.0, "flashes": 0.5})[3].regions
         ('time', 'vision')
 
     Args:
         kind: "clips", "sounds" or "both".
         count: number of items.
-        seed: worlds of different seeds share nothing but chance.
+        seed: 0 or more; worlds of different seeds share nothing but chance.
         shifts: name of a shift (see `SHIFTS`) to its strength, 0 to 1; none is the control.
         frames: fewest and most frames of a clip, within 16 to 64, at 8 a second. Sounds last as long.
-        pace: "sparse" (1-2 events), "dense" (3-5, spread) or "bursty" (2-4 in a row, stillness around); None mixes.
+        pace: "sparse" (1-2 events), "dense" (3-5, spread) or "bursty" (2-4 in a row, stillness around), or as many
+            as fit: long sounds fill two seconds sooner; None mixes.
         size: pixels of a side.
 
     Raises:
@@ -263,10 +292,11 @@ class World(Dataset):
             raise MediaError(f"no shift is called {', '.join(unknown)}; there are {', '.join(SHIFTS)}")
         if any(not 0 <= strength <= 1 for strength in self.shifts.values()):
             raise MediaError(f"shifts={self.shifts}; a strength lies between 0 and 1")
-        if not 16 <= self.frames[0] <= self.frames[1] <= MOST_FRAMES or count < 1 or size < 16:
+        if len(self.frames) != 2 or not 16 <= self.frames[0] <= self.frames[1] <= MOST_FRAMES:
+            raise MediaError(f"frames={self.frames}; expected the fewest and the most, within 16 to {MOST_FRAMES}")
+        if count < 1 or size < 16 or seed < 0:
             raise MediaError(
-                f"frames={self.frames}, count={count}, size={size}; expected 16 to {MOST_FRAMES} frames, at least one "
-                "item and 16 pixels"
+                f"count={count}, size={size}, seed={seed}; expected at least 1 item, 16 pixels and a seed of 0"
             )
 
     def __len__(self) -> int:
@@ -283,6 +313,7 @@ class World(Dataset):
         script = self._clip(story) if self.kind != "sounds" else self._sounds(story)
         events, count = script["events"], script["frames"]
         flashes: tuple[float, ...] = ()
+        heard: list[Event] = []
         frames = audio = None
         agrees: bool | None = None
         if self.kind != "sounds":
@@ -308,10 +339,11 @@ class World(Dataset):
             negatives=self._negatives(events, caption, talk),
             frames=frames,
             audio=audio,
+            heard=tuple(heard),
             key_frames=tuple(script.get("keys", ())),
             flashes=flashes,
             tracks=tuple(script.get("tracks", ())),
-            shifts=self.shifts,
+            shifts=dict(self.shifts),
             regions=tuple(sorted({SHIFTS[name] for name, strength in self.shifts.items() if strength})),
         )
 
@@ -320,9 +352,15 @@ class World(Dataset):
         return f"World({self.kind!r}, {self.count} items, seed {self.seed}, {shifts})"
 
     def fingerprint(self) -> str:
-        """A short hash of what the data depends on, without generating it: arguments and this file's grammar."""
+        """A short hash of the arguments and of the first eight items as they come out, media included."""
         arguments = [self.kind, self.count, self.seed, sorted(self.shifts.items()), self.frames, self.pace, self.size]
-        return fingerprint(json.dumps(arguments), Path(__file__), Path(media.__file__))
+        parts: list[bytes | str] = [json.dumps(arguments)]
+        for index in range(min(8, self.count)):
+            item = self[index]
+            parts.append(item.caption)
+            parts += [] if item.frames is None else [item.frames.tobytes()]
+            parts += [] if item.audio is None else [item.audio.samples.tobytes()]
+        return fingerprint(*parts)
 
     def write(self, folder: str | os.PathLike[str], progress: bool = True) -> Path:
         """Write all items as media files with a manifest, as a data set lies on a disk.
@@ -332,7 +370,8 @@ class World(Dataset):
             PosixPath('worlds/both')
 
         Args:
-            folder: made where missing. Clips are uncompressed AVI, sounds are WAV; ``manifest.jsonl`` has the rest.
+            folder: made where missing. Clips are uncompressed AVI, sounds are WAV; ``manifest.jsonl`` has the rest. It
+                comes last: a folder that has one is whole.
             progress: show a progress bar.
 
         Returns:
@@ -340,10 +379,13 @@ class World(Dataset):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # What is true of an older world's files is not true of these.
+        (folder / "manifest.jsonl").unlink(missing_ok=True)
         lines = []
         for item in tqdm(self, total=len(self), desc="write", leave=False, disable=not progress):
             row = {name: getattr(item, name) for name in _WRITTEN}
             row["events"] = [asdict(event) for event in item.events]
+            row["heard"] = [asdict(event) for event in item.heard]
             row["questions"] = [asdict(question) for question in item.questions]
             if item.frames is not None:
                 row["video"] = f"{item.index:06}.avi"
@@ -407,8 +449,9 @@ class World(Dataset):
             elif verb == "becomes":
                 present[who] = (after, present[who][1])
         steps = steps[: _fitting([_SPANS[verb] for verb, *_ in steps], 1, room - 2)]
-        spans = [1 if faster else _SPANS[verb] for verb, *_ in steps]
-        starts = 1 + _place(rng, spans, 0 if faster else 1, count - 2, pace)
+        # A fast collision is there and back: with one frame, two of the same pair in a row would look like one.
+        spans = [1 + (verb == "hits") if faster else _SPANS[verb] for verb, *_ in steps]
+        starts = 1 + _place(rng, spans, 0 if faster else 1, count - 2, "bursty" if faster else pace)
         # Then every shape through the frames.
         busy = np.zeros(count, bool)
         tracks = [_track(first[i], born[i] == 0, int(cells[i]), jitter[i], count, self.size) for i in born]
@@ -432,7 +475,7 @@ class World(Dataset):
                 _collide(track, tracks[after], start, faster, self.size)
                 predicate = f"hits {_name(known[after])}"
                 key = start if faster else start + 1
-            events.append(Event(_name(known[who]), predicate, start / FRAME_RATE, stop / FRAME_RATE))
+            events.append(Event(_name(known[who]), predicate, float(start / FRAME_RATE), float(stop / FRAME_RATE)))
             keys.append(int(key))
         return {"frames": count, "tracks": tracks, "events": events, "keys": keys, "busy": busy}
 
@@ -447,9 +490,10 @@ class World(Dataset):
             spans.append(round(100 * (once if manner == "once" else 2 * once + _PAUSE)))
         steps = steps[: _fitting(spans, 15, round(100 * room / FRAME_RATE) - 20)]
         spans = [span // 2 if faster else span for span in spans[: len(steps)]]
-        starts = 10 + _place(rng, spans, 4 if faster else 15, round(100 * count / FRAME_RATE) - 20, pace)
+        total = round(100 * count / FRAME_RATE) - 20
+        starts = 10 + _place(rng, spans, 4 if faster else 15, total, "bursty" if faster else pace)
         events = [
-            Event(sound, manner, start / 100, (start + span) / 100)
+            Event(sound, manner, float(start / 100), float((start + span) / 100))
             for (sound, manner), start, span in zip(steps, starts, spans, strict=True)
         ]
         return {"frames": count, "events": events}
@@ -520,22 +564,27 @@ def read_world(folder: str | os.PathLike[str]) -> list[Item]:
         The items, without ``tracks``.
 
     Raises:
-        MediaError: no manifest, or a media file that is missing or damaged.
+        MediaError: no manifest, a line that is none, or a media file that is missing or damaged.
     """
     folder = Path(folder)
     manifest = folder / "manifest.jsonl"
     if not manifest.is_file():
         raise MediaError(f"{manifest}: no such file; World.write makes one")
     items = []
-    for line in manifest.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        video, audio = row.pop("video", None), row.pop("audio", None)
-        row["events"] = tuple(Event(**event) for event in row["events"])
-        row["questions"] = tuple(Question(**question) for question in row["questions"])
-        for name in ("negatives", "key_frames", "flashes", "regions"):
-            row[name] = tuple(row[name])
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            video, audio = row.pop("video", None), row.pop("audio", None)
+            for name in ("events", "heard"):
+                row[name] = tuple(Event(**event) for event in row[name])
+            row["questions"] = tuple(Question(**question) for question in row["questions"])
+            for name in ("negatives", "key_frames", "flashes", "regions"):
+                row[name] = tuple(row[name])
+            item = Item(**row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MediaError(f"{manifest}, line {number}: {error!r}; expected what World.write writes") from error
         frames = read_video(folder / video).frames if video else None
-        items.append(Item(**row, frames=frames, audio=read_audio(folder / audio, rate=None) if audio else None))
+        items.append(replace(item, frames=frames, audio=read_audio(folder / audio, rate=None) if audio else None))
     return items
 
 
@@ -578,7 +627,7 @@ def _track(look: tuple[int, int], visible: bool, cell: int, jitter: np.ndarray, 
 
 
 def _collide(one: Track, other: Track, start: int, faster: bool, size: int) -> None:
-    """Move two shapes toward each other until they touch, and back."""
+    """Move two shapes toward each other until the circles around them touch, and back."""
     dx, dy = other.x[start] - one.x[start], other.y[start] - one.y[start]
     distance = np.sqrt(dx * dx + dy * dy)
     reach = max(0.0, 1 - 2 * media.RADIUS * size / distance) / 2
