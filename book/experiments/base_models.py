@@ -173,7 +173,7 @@ class Audio(nn.Module):
 class Retrieval(nn.Module):
     """CLIP-style: a ViViT that merges four frames into each token, beside CLIP's text model."""
 
-    kind, stages, rate = "clips", {"tell": (1600, 64)}, 1e-3
+    kind, stages, rate = "clips", {"tell": (1400, 64)}, 1e-3
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,8 +198,10 @@ class Retrieval(nn.Module):
         )
         config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=128)
         self.model = VisionTextDualEncoderModel(config)
-        self.scene = nn.Linear(192, 5 + 6)  # each quarter at the end of each tubelet: shape or none, color
-        self.event = nn.Linear(192, 5 + 6 + 4)  # each tubelet: verbs, colors and shapes of the subjects
+        # Each quarter in each tubelet: shape or none and color in its first and last frame, and what happens there.
+        self.scene = nn.Linear(192, 2 * (5 + 6) + 5)
+        # The story, event by event, off either side's pooled output: verb or none, color and shape of the subject.
+        self.seen, self.told = nn.Linear(192, 5 * 16), nn.Linear(128, 5 * 16)
 
     def loss(self, stage: str, items: list, rng: np.random.Generator) -> torch.Tensor:
         near = [bench.ids(n) for item in items for n in item.negatives[:1]]
@@ -208,22 +210,25 @@ class Retrieval(nn.Module):
         texts = [e["input_ids"] for e in examples] + [torch.tensor([bench.BOS, *n, bench.EOS]) for n in near]
         texts = nn.utils.rnn.pad_sequence(texts, True, bench.PAD)
         vision = self.model.vision_model(pixel_values=clips, output_hidden_states=True)
-        text = self.model.text_model(input_ids=texts, attention_mask=(texts != bench.PAD).long())
+        texts_out = self.model.text_model(input_ids=texts, attention_mask=(texts != bench.PAD).long())
         image = F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1)
-        text = F.normalize(self.model.text_projection(text.pooler_output), dim=-1)
+        text = F.normalize(self.model.text_projection(texts_out.pooler_output), dim=-1)
         scores = self.model.logit_scale.exp().clamp(max=100) * image @ text.T
         target = torch.arange(len(items))
         loss = 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores[:, : len(items)].T, target))
-        steps = bench.CLIP_FRAMES // 4
-        states = vision.hidden_states[2][:, 1:].view(len(items), steps, 2, 2, 2, 2, 192)
-        cells = self.scene(states.mean((3, 5)).flatten(2, 3))  # (B, T, 4, 11)
-        shape, color, happens = zip(*(_tubelets(item, steps) for item in items), strict=True)
-        shape, color = torch.from_numpy(np.stack(shape)).flatten(), torch.from_numpy(np.stack(color)).flatten()
-        cells = cells.flatten(0, 2)
-        loss = loss + 0.3 * F.cross_entropy(cells[:, :5], shape)
-        loss = loss + 0.3 * F.cross_entropy(cells[shape < 4, 5:], color[shape < 4])
-        events = self.event(states.mean((2, 3, 4, 5)))
-        return loss + 2 * F.binary_cross_entropy_with_logits(events, torch.from_numpy(np.stack(happens)))
+        states = vision.hidden_states[2][:, 1:].view(len(items), bench.CLIP_FRAMES // 4, 2, 2, 2, 2, 192)
+        parts = self.scene(states.mean((3, 5))).flatten(0, 3).split([5, 6, 5, 6, 5], -1)  # (B T 4, ...)
+        truth = [torch.from_numpy(np.stack(part)) for part in zip(*map(_tubelets, items), strict=True)]
+        for shape, color, looks, colors in ((*parts[:2], *truth[:2]), (*parts[2:4], *truth[2:4])):
+            looks, colors = looks.flatten(), colors.flatten()
+            loss = loss + 0.3 * F.cross_entropy(shape, looks)
+            loss = loss + 0.3 * F.cross_entropy(color[looks < 4], colors[looks < 4])
+        loss = loss + F.binary_cross_entropy_with_logits(parts[4], truth[4].flatten(0, 2), pos_weight=torch.tensor(5.0))
+        story = torch.from_numpy(np.stack([_story(item) for item in items]))
+        for head, pooled in ((self.seen, vision.pooler_output), (self.told, texts_out.pooler_output[: len(items)])):
+            for part, target in zip(head(pooled).view(-1, 16).split([6, 6, 4], -1), story.view(-1, 3).T, strict=True):
+                loss = loss + 0.3 * F.cross_entropy(part, target, ignore_index=-100)
+        return loss
 
 
 MODELS = {"video": Video, "audio": Audio, "retrieval": Retrieval}
@@ -260,17 +265,29 @@ def _events(item) -> np.ndarray:
     return truth
 
 
-def _tubelets(item, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each tubelet the scene at its last frame, and what happens in it."""
-    frames = uniform_indices(len(item.frames), 4 * steps)
-    shape, color, _ = _scene(item, frames[3::4])
-    happens = np.zeros((steps, 15), np.float32)
+def _tubelets(item) -> tuple[np.ndarray, ...]:
+    """For each tubelet and quarter: shape and color in the first frame and in the last, and which verbs happen."""
+    frames = uniform_indices(len(item.frames), bench.CLIP_FRAMES)
+    first, last = (_scene(item, frames[start::4])[:2] for start in (0, 3))
+    happens = np.zeros((len(frames) // 4, 4, 5), np.float32)
+    cells = {_look(track, frame): track.cell for track in item.tracks for frame in range(len(item.frames))}
     for event in item.events:
-        at = int(np.searchsorted(frames, round(event.start * FRAME_RATE))) // 4
-        look, form = event.subject.split()
-        verb = VERBS.index(event.predicate.split()[0])
-        happens[min(at, steps - 1), [verb, 5 + COLORS.index(look), 11 + SHAPES.index(form)]] = 1
-    return shape, color, happens
+        at = min(int(np.searchsorted(frames, round(event.start * FRAME_RATE))), len(frames) - 1)
+        happens[at // 4, cells[event.subject], VERBS.index(event.predicate.split()[0])] = 1
+    return *first, *last, happens
+
+
+def _look(track, frame: int) -> str:
+    return f"{COLORS[track.color[frame]]} {SHAPES[track.shape]}"
+
+
+def _story(item) -> np.ndarray:
+    """Verb (0 none), color and shape (-100 none) of the subject of each of five events."""
+    truth = np.tile([0, -100, -100], (5, 1))
+    for row, event in zip(truth, item.events, strict=False):
+        color, shape = event.subject.split()
+        row[:] = 1 + VERBS.index(event.predicate.split()[0]), COLORS.index(color), SHAPES.index(shape)
+    return truth
 
 
 def train(name: str, work: Path) -> nn.Module:
