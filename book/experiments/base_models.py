@@ -59,7 +59,7 @@ TOKENS = dict(pad_token_id=bench.PAD, bos_token_id=bench.BOS, eos_token_id=bench
 class Video(nn.Module):
     """SmolVLM: a tower that sees single frames, one token a frame, a decoder that sees all of them."""
 
-    kind, stages, rate = "clips", {"see": (1500, 64), "tell": (3000, 48)}, 1e-3
+    kind, stages, rate = "clips", {"see": (1000, 64), "tell": (2400, 48)}, 1e-3
 
     def __init__(self) -> None:
         super().__init__()

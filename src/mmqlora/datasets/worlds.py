@@ -627,16 +627,13 @@ def _track(look: tuple[int, int], visible: bool, cell: int, jitter: np.ndarray, 
 
 
 def _collide(one: Track, other: Track, start: int, faster: bool, size: int) -> None:
-    """Move two shapes toward each other until the circles around them touch, and back."""
+    """Move one shape to another until they touch, and back. Who moves is who hits."""
     dx, dy = other.x[start] - one.x[start], other.y[start] - one.y[start]
-    distance = np.sqrt(dx * dx + dy * dy)
-    reach = max(0.0, 1 - 2 * media.RADIUS * size / distance) / 2
+    reach = max(0.0, 1 - 2 * media.RADIUS * size / np.sqrt(dx * dx + dy * dy))
     way = reach * np.array([1.0] if faster else [0.5, 1, 0.5])
     span = slice(start, start + len(way))
     one.x[span] += way * dx
     one.y[span] += way * dy
-    other.x[span] -= way * dx
-    other.y[span] -= way * dy
 
 
 def _still_frames(rng: np.random.Generator, busy: np.ndarray, strength: float) -> list[int]:
