@@ -17,6 +17,7 @@ from .quantization import (  # isort: skip
     quantization_report,
     quantize,
 )
+from . import benchmark
 from .comparisons import compare
 from .errors import GridError, MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
 from .grids import run_grid
@@ -46,6 +47,7 @@ __all__ = [
     "TrainingError",
     "Video",
     "append_record",
+    "benchmark",
     "character_error_rate",
     "close_cpu_traps",
     "compare",
