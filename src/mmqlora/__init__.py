@@ -19,10 +19,20 @@ from .quantization import (  # isort: skip
 )
 from . import benchmark
 from .comparisons import compare
-from .errors import GridError, MediaError, MMQLoRAError, QuantizationError, RecordError, RegionError, TrainingError
+from .errors import (
+    GridError,
+    MediaError,
+    MethodError,
+    MMQLoRAError,
+    QuantizationError,
+    RecordError,
+    RegionError,
+    TrainingError,
+)
 from .grids import run_grid
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
 from .memory import Memory, measure
+from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
@@ -31,6 +41,7 @@ from .training import fine_tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "Audio",
     "ErrorRate",
     "GridError",
@@ -38,6 +49,7 @@ __all__ = [
     "MMQLoRAError",
     "MediaError",
     "Memory",
+    "MethodError",
     "QuantizationError",
     "QuantizationReport",
     "RecordError",
@@ -46,6 +58,7 @@ __all__ = [
     "SkipBroken",
     "TrainingError",
     "Video",
+    "adapt",
     "append_record",
     "benchmark",
     "character_error_rate",

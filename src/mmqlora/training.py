@@ -11,13 +11,13 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .errors import TrainingError
@@ -48,6 +48,7 @@ def fine_tune(
     output: str | Path | None = None,
     save_every: int | None = None,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     experiment: str = "fine_tune",
     config: Mapping[str, Any] | None = None,
     data: str = "",
@@ -80,6 +81,8 @@ def fine_tune(
         output: folder for checkpoints; the default is a temporary one, gone with the run.
         save_every: steps between checkpoints; the default is none.
         resume: go on from the newest whole checkpoint in ``output``, from the start where there is none.
+        callbacks: what to call during the run, such as `methods.callbacks` of a model; see
+            `transformers.TrainerCallback`.
         experiment: name of the experiment in the record.
         config: configuration in the record; the default is the training options.
         data: `records.fingerprint` of the data, for the record.
@@ -139,6 +142,7 @@ def fine_tune(
             train_dataset=train,
             eval_dataset=evaluate if isinstance(evaluate, Dataset) else None,
             data_collator=collate,
+            callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
         start = newest_checkpoint(folder) if resume else None
