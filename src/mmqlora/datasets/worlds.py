@@ -22,21 +22,23 @@ A shift changes one thing and nothing else: the same seed and index give the sam
 what the shift touches. Strength 1 is what the benchmark uses; 0 changes nothing. Syntax, reversed and faster have no
 halves: any strength above 0 is all of it. "words" and "flashes" grow word by word and flash by flash.
 
-| region | shift | what changes |
-|---|---|---|
-| vision | palette | what color a color's name means: all hues move |
-| vision | texture | stripes on shapes and background |
-| vision | grain | noise in every pixel of every frame |
-| vision | blur | a soft focus |
-| audio | timbre | wave form and register |
-| audio | hiss | white noise over everything |
-| audio | reverb | an echoing room |
-| text | words | other words for the same things |
-| text | syntax | the predicate comes first |
-| time | reversed | events are told from the last to the first, joined by "after" |
-| time | longer | up to twice the frames or seconds, at most 64 frames, for the same events |
-| time | faster | events are shorter and follow each other without a still frame; sounds, 40 ms apart |
-| time | flashes | foreign frames or blips that don't count |
+======  ========  ===================================================================================
+region  shift     what changes
+======  ========  ===================================================================================
+vision  palette   what color a color's name means: all hues move
+vision  texture   stripes on shapes and background
+vision  grain     noise in every pixel of every frame
+vision  blur      a soft focus
+audio   timbre    wave form and register
+audio   hiss      white noise over everything
+audio   reverb    an echoing room
+text    words     other words for the same things
+text    syntax    the predicate comes first
+time    reversed  events are told from the last to the first, joined by "after"
+time    longer    up to twice the frames or seconds, at most 64 frames, for the same events
+time    faster    events are shorter and follow each other without a still frame; sounds, 40 ms apart
+time    flashes   foreign frames or blips that don't count
+======  ========  ===================================================================================
 """
 
 from __future__ import annotations
