@@ -8,11 +8,13 @@ Example:
     ...                       batch_size=task.batch_size)  # doctest: +SKIP
     >>> record["metrics"]["word_accuracy"], record["metrics"]["exact_match"]  # doctest: +SKIP
 
-| model | class | reads | does |
-|---|---|---|---|
-| `mmqlora/video` | SmolVLM | each frame as one token | tells what happens, answers questions |
-| `mmqlora/audio` | Whisper | six seconds of mel steps | tells what sounds, answers questions |
-| `mmqlora/retrieval` | ViViT and CLIP's text model | 24 frames, four to a token | finds captions and clips |
+=====================  ===========================  ============================  ==============================
+model                  class                        reads                         does
+=====================  ===========================  ============================  ==============================
+``mmqlora/video``      SmolVLM                      each frame as one token       tells what happens, answers
+``mmqlora/audio``      Whisper                      six seconds of mel steps      tells what sounds, answers
+``mmqlora/retrieval``  ViViT and CLIP's text model  24 frames, four to a token    finds captions and clips
+=====================  ===========================  ============================  ==============================
 
 They were trained on the unshifted world (`datasets.worlds`). A task is a model and a shift of that world: the model's
 score falls, and fine-tuning on a thousand shifted items should bring it back. Training items differ by seed; the items
@@ -50,6 +52,12 @@ POOL = 100  # captions, or clips, among which retrieval has to find the right on
 WINDOW = 6  # seconds that the audio model reads
 TEST, VALIDATION = 1, 2  # seeds of the worlds that runs are judged on
 TRAIN = 1000  # plus the seed of the run
+# What a run on each model is: 30 to 90 seconds on one core.
+RUNS = {
+    "video": {"steps": 100, "batch_size": 16},
+    "audio": {"steps": 120, "batch_size": 16},
+    "retrieval": {"steps": 100, "batch_size": 32},
+}
 
 Batch = dict[str, torch.Tensor]
 
@@ -451,7 +459,7 @@ def _tasks() -> dict[str, Task]:
     tasks = []
     for model, own in shifts.items():
         own += [{name: 1.0} for name in ("words", "syntax", "reversed", "longer", "faster", "flashes")]
-        tasks += [Task(model, one) for one in own]
+        tasks += [Task(model, one, **RUNS[model]) for one in own]
     return {task.name: task for task in tasks}
 
 
