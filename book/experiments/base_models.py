@@ -173,7 +173,7 @@ class Audio(nn.Module):
 class Retrieval(nn.Module):
     """CLIP-style: a ViViT that merges four frames into each token, beside CLIP's text model."""
 
-    kind, stages, rate = "clips", {"tell": (1400, 64)}, 1e-3
+    kind, stages, rate = "clips", {"tell": (1200, 64)}, 1e-3
 
     def __init__(self) -> None:
         super().__init__()

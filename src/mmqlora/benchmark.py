@@ -43,8 +43,9 @@ from .media import uniform_indices
 from .metrics import word_error_rate
 from .quantization import load
 
-SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
-PAD, BOS, EOS, IMAGE = range(4)
+# <eos> is not 2: there CLIP pools at the largest token id, as its first release did, and not at the end.
+SPECIALS = ("<pad>", "<bos>", "<unk>", "<image>", "<eos>")
+PAD, BOS, UNK, IMAGE, EOS = range(5)
 IDS = {word: index for index, word in enumerate([*SPECIALS, *WORDS])}
 PROMPT = "describe"
 CLIP_FRAMES = 24  # frames that the retrieval model reads, however many the clip has
