@@ -270,8 +270,8 @@ def trainable(model: nn.Module) -> dict[str, float]:
     """Count what is trained.
 
     Example:
-        >>> trainable(mm.adapt(model, "lora", quant_type="nf4"))  # doctest: +SKIP
-        {'trainable': 294912, 'total': 37984128, 'percent': 0.776}
+        >>> trainable(Bottleneck(width=64, rank=8))
+        {'trainable': 1096, 'total': 1096, 'percent': 100.0}
 
     Args:
         model: any model, such as one from `adapt`.
@@ -396,7 +396,7 @@ def _config(
     if targets:
         values["target_modules"] = targets
     if method == "adalora":
-        # A sixth of the run at full rank, a third at the final one, as in the paper's runs.
+        # The first sixth of the run at the initial ranks, the last third at the final ones.
         values |= {"init_r": rank + (rank + 1) // 2, "total_step": steps, "tinit": steps // 6, "tfinal": steps // 3}
     if method == "ia3":
         narrow = {row.name for row in regions(model).rows if row.shape[0] < row.shape[1]}
