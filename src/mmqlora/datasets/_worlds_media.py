@@ -11,8 +11,8 @@ RATE = 16000  # samples a second
 RADIUS = 0.17  # of a shape, as a share of the picture's side
 
 _PALETTE = np.array([(220, 40, 40), (40, 180, 60), (60, 90, 240), (240, 220, 50), (240, 110, 200), (245, 245, 245)])
-# Each color about half way to another one's hue: no name keeps its meaning, and no two look alike.
-_SHIFTED = np.array([(235, 140, 30), (30, 160, 170), (150, 60, 230), (150, 210, 60), (250, 170, 160), (150, 150, 160)])
+# Each color close to another one's: no name keeps its meaning, and no two look alike.
+_SHIFTED = np.array([(240, 170, 60), (40, 110, 220), (190, 70, 220), (90, 200, 80), (230, 60, 60), (120, 120, 130)])
 _TONES = {"low": 220.0, "middle": 600.0, "high": 1500.0}
 _LONGEST = {"tone": 0.25, "chirp": 0.3, "click": 0.06, "noise": 0.25}
 
@@ -46,7 +46,7 @@ def paint(
             place = foreign.uniform(0.2 * size, 0.8 * size, size=(2, 1))
             cover = _cover(int(foreign.integers(4)), place[0], place[1], foreign.integers(0, 3, size=1) * 1.0, size)
             frames[frame] += cover[0, ..., None] * (palette[foreign.integers(len(palette))] - frames[frame])
-    for _ in range(round(4 * blur)):
+    for _ in range(round(6 * blur)):
         for side in (1, 2):
             frames = 0.5 * frames + 0.25 * (_slide(frames, side, 1) + _slide(frames, side, -1))
     if grain:
