@@ -73,7 +73,7 @@ GOLDEN = {
     ("clips", "flashes"): "4fea66caf45a",
     ("sounds",): "87a25223a566",
     ("sounds", "timbre"): "fb6c7c72011f",
-    ("sounds", "hiss"): "3d8cb1d8fbe4",
+    ("sounds", "hiss"): "b033b2be16cf",
     ("sounds", "reverb"): "7a0f4468d3f9",
     ("sounds", "words"): "068409214496",
     ("sounds", "syntax"): "aa6e836e8c59",
@@ -82,9 +82,9 @@ GOLDEN = {
     ("sounds", "faster"): "0632d66c2d98",
     ("sounds", "flashes"): "a4ed3746d77b",
     ("both",): "7ba21c25668b",
-    ("both", "palette", "hiss"): "a761483f92d6",
+    ("both", "palette", "hiss"): "558bcbb73e69",
     ("both", "reverb", "longer"): "a67427f922f4",
-    ("both", *SHIFTS): "0128e9031e9c",
+    ("both", *SHIFTS): "6e54c9d93e4d",
 }
 
 

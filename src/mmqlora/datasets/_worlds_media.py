@@ -123,7 +123,7 @@ def play(
         echo = np.fft.irfft(np.fft.rfft(samples, width) * np.fft.rfft(tail, width), width)[: len(samples)]
         samples += echo
     if hiss:
-        samples += sound.normal(0, 0.04 * hiss, size=len(samples))
+        samples += sound.normal(0, 0.02 * hiss, size=len(samples))
     return (np.rint(samples.clip(-0.999, 0.999) * 32767) / 32768).astype(np.float32)
 
 
