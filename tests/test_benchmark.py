@@ -220,3 +220,21 @@ def test_one_short_run_brings_back_part_of_what_a_shift_cost(models):
     )
     assert record["metrics"]["loss"] < 0.8 * before
     assert len(record["items"]["word_accuracy"]) == 40
+
+
+def shift_records():
+    table: dict[str, dict[str, dict]] = {}
+    for record in mm.read_records(Path(__file__).parent.parent / "book/records/shifts.jsonl"):
+        table.setdefault(record["config"]["task"], {})[record["config"]["method"]] = record["metrics"]
+    return table
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if not task.endswith(("none", "0.5"))])
+def test_every_shift_hurts_and_full_fine_tuning_repairs_half_of_it(task):
+    model = task.split("/")[0]
+    measure = "reciprocal_rank" if model == "retrieval" else "word_accuracy"
+    table = shift_records()
+    start, hurt, mended = (table[n][m][measure] for n, m in ((f"{model}/none", "none"), (task, "none"), (task, "full")))
+    assert start - hurt >= 0.2
+    assert mended - hurt >= 0.5 * (start - hurt)
+    assert hurt > 0.05  # off the floor
