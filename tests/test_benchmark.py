@@ -238,3 +238,16 @@ def test_every_shift_hurts_and_full_fine_tuning_repairs_half_of_it(task):
     assert start - hurt >= 0.2
     assert mended - hurt >= 0.5 * (start - hurt)
     assert hurt > 0.05  # off the floor
+
+
+def test_questions_are_scored_by_sort(monkeypatch):
+    items, reader = items_of("audio", 20), READERS["audio"]
+    known = {(item.index, q.text): q.answer for item in items for q in item.questions}
+
+    def oracle(model, part, prompts):
+        assert len({len(prompt.split()) for prompt in prompts}) == 1
+        return [known[item.index, p] if p.startswith("how many") else "" for item, p in zip(part, prompts, strict=True)]
+
+    monkeypatch.setattr(reader, "answers", oracle)
+    shares = benchmark.answer_questions(torch.nn.Identity(), reader, items)
+    assert shares["how many"] == 1 and shares["what"] == shares["when"] == shares["order"] == 0

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from .datasets.worlds import WORDS, Item, World
+from .datasets.worlds import WORDS, Item, Question, World
 from .errors import MMQLoRAError
 from .media import uniform_indices
 from .metrics import word_error_rate
@@ -358,23 +358,21 @@ def answer_questions(model: Any, reader: Reader, items: Sequence[Item]) -> dict[
         Sort to share.
     """
     model.eval()
-    asked = [(item, question) for item in items for question in item.questions]
-    asked.sort(key=lambda pair: len(ids(pair[1].text)))
+
+    def length(pair: tuple[Item, Question]) -> int:
+        return len(ids(pair[1].text))
+
+    # Prompts of a batch are of one length, as the audio model pads none.
+    asked = sorted(((item, question) for item in items for question in item.questions), key=length)
     right: dict[str, list[bool]] = {}
-    for _, group in _by_length(asked):
-        for start in range(0, len(group), 50):
-            part = group[start : start + 50]
+    for _, group in itertools.groupby(asked, key=length):
+        pairs = list(group)
+        for start in range(0, len(pairs), 50):
+            part = pairs[start : start + 50]
             said = reader.answers(model, [item for item, _ in part], [question.text for _, question in part])
             for text, (_, question) in zip(said, part, strict=True):
                 right.setdefault(question.sort, []).append(text == question.answer)
     return {sort: float(np.mean(values)) for sort, values in sorted(right.items())}
-
-
-def _by_length(asked: list) -> list[tuple[int, list]]:
-    groups: dict[int, list] = {}
-    for pair in asked:
-        groups.setdefault(len(ids(pair[1].text)), []).append(pair)
-    return list(groups.items())
 
 
 def _retrieve(model: Any, reader: RetrievalReader, items: Sequence[Item]) -> dict[str, np.ndarray]:
