@@ -106,7 +106,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "p-tuning": _virtual("virtual tokens from a small network", "2103.10385", peft.PromptEncoderConfig),
     }
 )
-"""All methods by name: ``pd.DataFrame(vars(m) | {"name": n} for n, m in METHODS.items())`` is the table."""
+"""All methods by name: ``pd.DataFrame(vars(m) | {"name": n} for n, m in METHODS.items())`` is the table.
+
+:meta hide-value:
+"""
 
 
 def adapt(
