@@ -150,9 +150,11 @@ def render(shared: str) -> bool:
         shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
         print("Failed: the warnings above count as errors")
         return False
-    # Jupyter Book's page at the root names no icon, so a browser that stays on it for a moment asks for one in vain.
-    first = ROOT / "_build" / "html" / "index.html"
-    first.write_text(f'<link rel="icon" href="_static/favicon.svg">\n{first.read_text().strip()}\n')
+    # Jupyter Book's page at the root names no icon, so a browser that stays on it for a moment asks for one in vain. An
+    # empty one asks for nothing.
+    first, icon = ROOT / "_build" / "html" / "index.html", '<link rel="icon" href="data:,">'
+    if icon not in (page := first.read_text()):
+        first.write_text(f"{icon}\n{page.strip()}\n")
     print("The book is in _build/html/index.html")
     return True
 
