@@ -1,8 +1,8 @@
 """Train the three base models of the embedded benchmark on the unshifted world, from nothing.
 
-    cd book && python -m experiments.base_models video       # about 50 minutes on one core
-    cd book && python -m experiments.base_models audio       # 30
-    cd book && python -m experiments.base_models retrieval   # 55
+    cd book && python -m experiments.base_models video       # about 45 minutes on one core
+    cd book && python -m experiments.base_models audio       # 35
+    cd book && python -m experiments.base_models retrieval   # 30
     cd book && python -m experiments.base_models audio --evaluate   # only score and record what the library holds
     cd book && python -m experiments.base_models audio --bits       # what 4 bits cost, by region
 
