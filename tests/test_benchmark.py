@@ -197,9 +197,12 @@ def test_splits_share_no_item_and_tests_are_fixed():
 def test_every_task_is_named_after_its_shifts():
     for name, task in TASKS.items():
         assert name == task.name
+        assert task == benchmark.task(name)
         assert set(task.shifts) <= set(SHIFTS)
     assert benchmark.Task("video", {"palette": 0.5, "words": 1.0}).name == "video/palette 0.5+words"
     assert {f"{model}/none" for model in MODELS} <= set(TASKS)
+    with pytest.raises(mm.MMQLoRAError, match="the models are video, audio, retrieval"):
+        benchmark.task("palette")
 
 
 def test_one_short_run_brings_back_part_of_what_a_shift_cost(models):

@@ -459,11 +459,28 @@ _SHIFTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _parsed(shifts: str) -> dict[str, float]:
-    parts = (part.partition(" ") for part in shifts.split("+"))
-    return {name: float(strength or 1) for name, _, strength in parts}
+def task(name: str) -> Task:
+    """Make a task from its name, whether `TASKS` lists it or not.
+
+    Example:
+        >>> task("video/palette 0.5+words").shifts
+        {'palette': 0.5, 'words': 1.0}
+
+    Args:
+        name: model, slash, and shifts joined by plus signs, each with its strength unless that is 1; or "none".
+
+    Returns:
+        The task, with its model's steps and batch size.
+
+    Raises:
+        MMQLoRAError: the model is none of the three. A shift is checked when the items are made.
+    """
+    model, _, shifts = name.partition("/")
+    if model not in RUNS:
+        raise MMQLoRAError(f"task {name!r}: the models are {', '.join(RUNS)}, as in 'video/palette'")
+    parts = (part.partition(" ") for part in shifts.split("+") if part not in ("", "none"))
+    return Task(model, {shift: float(strength or 1) for shift, _, strength in parts}, **RUNS[model])
 
 
-_ALL = [Task(model, {}, **RUNS[model]) for model in _SHIFTS]
-_ALL += [Task(model, _parsed(shifts), **RUNS[model]) for model, many in _SHIFTS.items() for shifts in many]
-TASKS = {task.name: task for task in _ALL}
+_NAMES = [f"{model}/{shifts}" for model, many in _SHIFTS.items() for shifts in ("none", *many)]
+TASKS = {name: task(name) for name in _NAMES}
