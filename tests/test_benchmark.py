@@ -254,3 +254,13 @@ def test_questions_are_scored_by_sort(monkeypatch):
     monkeypatch.setattr(reader, "answers", oracle)
     shares = benchmark.answer_questions(torch.nn.Identity(), reader, items)
     assert shares["how many"] == 1 and shares["what"] == shares["when"] == shares["order"] == 0
+
+
+def test_a_soft_prompt_takes_no_part_in_the_loss():
+    """Its virtual tokens come before the clip, so that there are more logits than labels."""
+    task = benchmark.TASKS["video/none"]
+    model = mm.adapt(task.load(), "prompt").eval()
+    example = task.train(0)[0]
+    with torch.no_grad():
+        alone = model(**task.collate([example])).loss
+        assert torch.allclose(task.reader.losses(model, [example]), alone, atol=1e-5)

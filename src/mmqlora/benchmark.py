@@ -242,6 +242,7 @@ class VideoReader(Reader):
         return [words(row) for row in said[:, batch["input_ids"].shape[1] :].tolist()]
 
     def _aligned(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits[:, -labels.shape[1] :]  # virtual tokens of a soft prompt come first
         return logits[:, :-1], labels[:, 1:]
 
 
