@@ -59,6 +59,7 @@ WHISPER_ENCODER = {
     "num_mel_bins": 16,
     "max_source_positions": 20,
 }
+LOUD = 0.1  # standard deviation of weights; with 0.02 some losses depend on the media by less than float32 tells
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
@@ -93,6 +94,7 @@ def whisper() -> PreTrainedModel:
             decoder_ffn_dim=128,
             max_target_positions=32,
             decoder_start_token_id=1,
+            init_std=LOUD,
         )
     )
 
@@ -296,22 +298,32 @@ def pe_audio_encoder() -> dict[str, object]:
     return {"model_type": "pe_audio_encoder", "dac_config": dac, **PE_ENCODER}
 
 
+def with_scale(model: PreTrainedModel) -> PreTrainedModel:
+    """Set the scales of similarities, which start at 0 and make the loss a constant."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_scale"):
+            torch.nn.init.ones_(parameter)
+    return model
+
+
 @architecture("PE-video")
 def pe_video() -> PreTrainedModel:
-    return tf.PeVideoModel(tf.PeVideoConfig(text_config=PE_TEXT, video_config=pe_video_encoder()))
+    return with_scale(tf.PeVideoModel(tf.PeVideoConfig(text_config=PE_TEXT, video_config=pe_video_encoder())))
 
 
 @architecture("PE-audio-video")
 def pe_audio_video() -> PreTrainedModel:
-    return tf.PeAudioVideoModel(
-        tf.PeAudioVideoConfig(
-            text_config=PE_TEXT,
-            audio_video_config={
-                "model_type": "pe_audio_video_encoder",
-                "audio_config": pe_audio_encoder(),
-                "video_config": pe_video_encoder(),
-                **PE_ENCODER,
-            },
+    return with_scale(
+        tf.PeAudioVideoModel(
+            tf.PeAudioVideoConfig(
+                text_config=PE_TEXT,
+                audio_video_config={
+                    "model_type": "pe_audio_video_encoder",
+                    "audio_config": pe_audio_encoder(),
+                    "video_config": pe_video_encoder(),
+                    **PE_ENCODER,
+                },
+            )
         )
     )
 
@@ -321,7 +333,7 @@ def pe_audio_video() -> PreTrainedModel:
 
 @architecture("GIT")
 def git() -> PreTrainedModel:
-    return tf.GitForCausalLM(tf.GitConfig(**BERT, vision_config=PICTURE, num_image_with_embedding=2))
+    return tf.GitForCausalLM(tf.GitConfig(**BERT, vision_config=PICTURE, num_image_with_embedding=4))
 
 
 @architecture("LLaVA")
@@ -409,7 +421,7 @@ def video_llama3() -> PreTrainedModel:
 def instructblip_video() -> PreTrainedModel:
     return tf.InstructBlipVideoForConditionalGeneration(
         tf.InstructBlipVideoConfig(
-            vision_config=PICTURE,
+            vision_config={**PICTURE, "initializer_range": LOUD},  # the default is 1e-10: it would see nothing
             qformer_config={**BERT, "encoder_hidden_size": 64},
             text_config={
                 "model_type": "opt",
@@ -475,7 +487,7 @@ def qwen3_vl() -> PreTrainedModel:
 def qwen2_5_omni_thinker() -> PreTrainedModel:
     return tf.Qwen2_5OmniThinkerForConditionalGeneration(
         tf.Qwen2_5OmniThinkerConfig(
-            audio_config={**WHISPER_ENCODER, "n_window": 10, "output_dim": 64},
+            audio_config={**WHISPER_ENCODER, "n_window": 10, "output_dim": 64, "initializer_range": LOUD},
             vision_config={**QWEN_VISION, "window_size": 32, "fullatt_block_indexes": [1]},
             text_config={**DECODER, "rope_parameters": MROPE},
             audio_token_index=AUDIO,
@@ -483,6 +495,8 @@ def qwen2_5_omni_thinker() -> PreTrainedModel:
             video_token_index=VIDEO,
             audio_start_token_id=247,
             audio_end_token_id=246,
+            vision_start_token_id=248,
+            vision_end_token_id=249,
         )
     )
 
@@ -491,7 +505,13 @@ def qwen2_5_omni_thinker() -> PreTrainedModel:
 def qwen3_omni_thinker() -> PreTrainedModel:
     return tf.Qwen3OmniMoeThinkerForConditionalGeneration(
         tf.Qwen3OmniMoeThinkerConfig(
-            audio_config={**WHISPER_ENCODER, "n_window": 10, "output_dim": 64, "downsample_hidden_size": 32},
+            audio_config={
+                **WHISPER_ENCODER,
+                "n_window": 50,  # its lengths are computed for chunks of 100 mel frames, whatever the window is
+                "output_dim": 64,
+                "downsample_hidden_size": 32,
+                "initializer_range": LOUD,
+            },
             vision_config={**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
             text_config={
                 **DECODER,
@@ -506,6 +526,8 @@ def qwen3_omni_thinker() -> PreTrainedModel:
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             audio_start_token_id=247,
+            vision_start_token_id=248,
+            vision_end_token_id=249,
         )
     )
 
@@ -527,10 +549,19 @@ def gemma3n() -> PreTrainedModel:
             vision_config={
                 # The real tower, MobileNetV5, has 300M parameters and no smaller configuration.
                 "architecture": "vit_pe_core_tiny_patch16_384",
-                "model_args": {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+                # It has no class token either: there must be as many tokens as patches.
+                "model_args": {
+                    "img_size": 16,
+                    "patch_size": 8,
+                    "embed_dim": 64,
+                    "depth": 2,
+                    "num_heads": 2,
+                    "class_token": False,
+                    "global_pool": "avg",
+                },
                 "hidden_size": 64,
-                "vocab_offset": 224,
-                "vocab_size": 8,
+                "vocab_offset": 224,  # each medium's tokens have a vocabulary of their own; the last ends the whole
+                "vocab_size": AUDIO - 224,
             },
             audio_config={
                 "hidden_size": 64,
@@ -538,8 +569,8 @@ def gemma3n() -> PreTrainedModel:
                 "conf_num_attention_heads": 2,
                 "conf_num_hidden_layers": 2,
                 "sscp_conv_channel_size": [16, 16],
-                "vocab_offset": 232,
-                "vocab_size": 8,
+                "vocab_offset": AUDIO,
+                "vocab_size": VOCABULARY - AUDIO,
             },
             image_token_id=IMAGE,
             audio_token_id=AUDIO,

@@ -20,6 +20,7 @@ from .quantization import (  # isort: skip
 from . import benchmark
 from .comparisons import compare
 from .errors import (
+    GateError,
     GridError,
     MediaError,
     MethodError,
@@ -27,8 +28,11 @@ from .errors import (
     QuantizationError,
     RecordError,
     RegionError,
+    SignalError,
+    TimelineError,
     TrainingError,
 )
+from .gates import TemporalLoraConfig, explain
 from .grids import run_grid
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
 from .memory import Memory, measure
@@ -36,14 +40,17 @@ from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
+from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
 from .training import fine_tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "SIGNALS",
     "Audio",
     "ErrorRate",
+    "GateError",
     "GridError",
     "LayerReport",
     "MMQLoRAError",
@@ -55,22 +62,29 @@ __all__ = [
     "RecordError",
     "RegionError",
     "Regions",
+    "SignalError",
+    "Signals",
     "SkipBroken",
+    "TemporalLoraConfig",
+    "TimelineError",
     "TrainingError",
     "Video",
     "adapt",
     "append_record",
+    "audio_signals",
     "benchmark",
     "character_error_rate",
     "close_cpu_traps",
     "compare",
     "english_normalizer",
+    "explain",
     "fine_tune",
     "fingerprint",
     "load",
     "log_mel",
     "make_record",
     "measure",
+    "pool_steps",
     "quantization_report",
     "quantize",
     "read_audio",
@@ -78,6 +92,9 @@ __all__ = [
     "read_video",
     "regions",
     "run_grid",
+    "signals",
+    "thumbnail_signals",
+    "video_signals",
     "word_error_rate",
     "write_audio",
     "write_video",

@@ -24,6 +24,10 @@ class MediaError(MMQLoRAError):
     """A video or audio file that is missing, damaged, empty, or that a decoder could not read in time."""
 
 
+class SignalError(MMQLoRAError):
+    """A signal that is unknown or that a modality does not have, or frames and spectrograms that can't give one."""
+
+
 class RegionError(MMQLoRAError):
     """A module that belongs to no known region, or a pattern that matches nothing."""
 
@@ -46,3 +50,11 @@ class RecordError(MMQLoRAError):
 
 class GridError(MMQLoRAError):
     """A grid of runs that can't start, such as one whose function a new process can't import."""
+
+
+class TimelineError(MMQLoRAError):
+    """A model whose time is not known, or rows that have no place in it."""
+
+
+class GateError(MMQLoRAError):
+    """Gates that can't be made as asked, or something that adapters with open gates can't do."""

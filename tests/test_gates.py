@@ -1,0 +1,374 @@
+"""Temporal LoRA: the layer against its formula, and PEFT's life around it. Architectures: `test_conformance.py`."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from batches import batch
+from conformance import adapted, build, config, linears, move
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+import mmqlora as mm
+from mmqlora import benchmark
+from mmqlora.errors import GateError, SignalError, TimelineError
+from mmqlora.gates import TemporalLoraConfig, explain
+from mmqlora.signals import audio_signals, video_signals
+from mmqlora.timeline import FAMILIES, Family, Frames, Nothing, Positions, family, frames, mel
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ALL = {"hidden": True, "shift": True, "kernel": 3}
+
+
+class Toy(nn.Module):
+    """One Linear over frames, one over the steps of a sound, one over words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="toy")
+        self.seen, self.heard, self.read = nn.Linear(12, 6), nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def forward(self, pixel_values=None, input_features=None):
+        out = []
+        if pixel_values is not None:
+            out.append(self.seen(pixel_values.flatten(0, 1).flatten(2).transpose(1, 2)))  # (B F, P, 12)
+        if input_features is not None:
+            out.append(self.heard(input_features.transpose(1, 2)))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def toy_family():
+    @family("toy")
+    def make(config, **_):
+        rules = [("seen", Frames(("video",))), ("heard", Positions(("audio",))), ("", Nothing())]
+        return Family({"video": frames(), "audio": mel()}, rules)
+
+    yield
+    FAMILIES.pop("toy")
+
+
+def toy(**settings) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(Toy(), TemporalLoraConfig(r=3, target_modules=["seen", "heard", "read"], **settings))
+    move(model, scale=0.3)
+    return model.double().eval()
+
+
+def by_the_formula(layer, x, phi, shape):
+    """y = Wx + s B[(1 + tanh(c (U phi + V h^))) * Ax + E phi + (k * h-bar)], row by row, for one item: x (T, P, D)."""
+    get = {name: getattr(layer, name)["default"].detach().numpy() for name in shape}
+    a, b = (getattr(layer, name)["default"].weight.detach().numpy() for name in ("lora_A", "lora_B"))
+    weight, bias = (p.detach().numpy() for p in (layer.base_layer.weight, layer.base_layer.bias))
+    h = np.einsum("tpd,rd->tpr", x, a)
+    mean = h.mean(1)
+    y = np.empty((*x.shape[:2], len(weight)))
+    for t in range(len(x)):
+        before = get["lora_gate"].T @ phi[t]
+        if "lora_hidden" in get:
+            before = before + get["lora_hidden"].T @ (mean[t] / np.sqrt((mean[t] ** 2).mean() + 1e-12))
+        gate = 1 + np.tanh(10.0 * before)
+        added = np.zeros(len(gate))
+        if "lora_shift" in get:
+            added += get["lora_shift"].T @ phi[t]
+        if "lora_conv" in get:
+            kernel = get["lora_conv"]
+            for tap in range(kernel.shape[1]):
+                source = t + tap - kernel.shape[1] // 2
+                if 0 <= source < len(x):
+                    added += kernel[:, tap] * mean[source]
+        for p in range(x.shape[1]):
+            update = b @ (gate * h[t, p] + added)
+            y[t, p] = weight @ x[t, p] + bias + layer.scaling["default"] * update
+    return y
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden": True}, {"shift": True}, {"kernel": 3}, ALL], ids=str)
+@pytest.mark.parametrize("kind", ["seen", "heard"])
+def test_against_a_reference(kind, settings):
+    parts = {"hidden": "lora_hidden", "shift": "lora_shift", "kernel": "lora_conv"}
+    names = ["lora_gate", *(parts[key] for key in settings)]
+    model = toy(signals=("motion", "novelty", "flux", "energy"), **settings)
+    layer = getattr(model.get_base_model(), kind)
+    generator = torch.Generator().manual_seed(4)
+    if kind == "seen":
+        given = torch.randn(2, 5, 12, 3, 3, generator=generator, dtype=torch.double)
+        phi = video_signals(given, names=["motion", "novelty"])
+        rows = given.flatten(3).transpose(2, 3)  # (B, F, P, 12)
+        (found,) = model(pixel_values=given)
+        found = found.view(2, 5, 9, 6)
+    else:
+        given = torch.randn(2, 5, 7, generator=generator, dtype=torch.double)
+        phi = audio_signals(given.transpose(1, 2), names=["flux", "energy"])
+        rows = given.transpose(1, 2)[:, :, None]
+        (found,) = model(input_features=given)
+        found = found[:, :, None]
+    for item in range(2):
+        expected = by_the_formula(layer, rows[item].numpy(), phi[item].double().numpy(), names)
+        np.testing.assert_allclose(found[item].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_words_are_plain_lora():
+    model = toy()
+    layer = model.get_base_model().read
+    assert not layer.lora_variant and not [name for name, _ in layer.named_parameters() if "gate" in name]
+
+
+def test_the_gate_learns_faster_by_its_scale():
+    moved = {}
+    for scale in (1.0, 10.0):
+        model = toy(gate_scale=scale)
+        gates = [p for name, p in model.named_parameters() if "lora_gate" in name]
+        for gate in gates:
+            gate.data.zero_()
+        optimizer = torch.optim.Adam(gates, 1e-4)
+        given = torch.randn(2, 5, 12, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.double)
+        model(pixel_values=given)[0].square().sum().backward()
+        optimizer.step()
+        table = explain(model, pixel_values=given)
+        moved[scale] = (table["gate"] - 1).abs().mean()
+    assert moved[10.0] / moved[1.0] == pytest.approx(10, rel=0.01)
+
+
+def test_explain_tells_the_gates_by_step():
+    model = toy(signals=("motion",))
+    given = torch.randn(2, 5, 12, 3, 3, dtype=torch.double)
+    table = explain(model, pixel_values=given)
+    assert list(table.columns) == ["layer", "adapter", "item", "step", "gate", "low", "high"]
+    assert len(table) == 10 and (table["low"] <= table["gate"]).all() and (table["gate"] <= table["high"]).all()
+    first = table[table["step"] == 0]
+    assert (first["gate"] == 1).all()  # before the first frame there is nothing to move from
+    with pytest.raises(GateError, match="no gates"):
+        explain(Toy(), pixel_values=given)
+
+
+# PEFT's life
+
+
+@pytest.fixture
+def whisper():
+    return batch("Whisper").inputs
+
+
+def test_reload_in_a_new_process(tmp_path):
+    task = benchmark.TASKS["audio/none"]
+    model = task.load(quant_type="nf4")
+    model = get_peft_model(model, TemporalLoraConfig(r=4, target_modules=linears(model), **ALL)).eval()
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    given = task.collate([task.train(0)[i] for i in range(3)])
+    torch.save(given, tmp_path / "batch.pt")
+    code = f"""
+import torch, mmqlora as mm
+from peft import PeftModel
+torch.set_num_threads({torch.get_num_threads()})
+model = PeftModel.from_pretrained(mm.load("mmqlora/audio")[0], r"{tmp_path / "adapter"}").eval()
+with torch.no_grad():
+    torch.save(model(**torch.load(r"{tmp_path / "batch.pt"}")).logits, r"{tmp_path / "logits.pt"}")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(**given).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_load_adapter_switch_and_disable(tmp_path, whisper, low_cpu_mem_usage):
+    model = adapted("Whisper", moved=True)
+    with torch.no_grad():
+        base = build("Whisper").eval()(**whisper).logits
+        first = model(**whisper).logits
+        model.save_pretrained(tmp_path)
+        model.load_adapter(str(tmp_path), "twin", low_cpu_mem_usage=low_cpu_mem_usage)
+        model.add_adapter("other", config("Whisper", build("Whisper"), signals=("energy",)))
+        model.set_adapter("twin")
+        assert torch.equal(model(**whisper).logits, first)
+        model.set_adapter("other")
+        assert torch.equal(model(**whisper).logits, base)  # at its start
+        model.base_model.set_adapter(["default", "other"])
+        assert torch.equal(model(**whisper).logits, first)
+        with model.disable_adapter():
+            assert torch.equal(model(**whisper).logits, base)
+        model.delete_adapter("twin")
+        model.set_adapter("default")
+        assert torch.equal(model(**whisper).logits, first)
+
+
+def test_injected_without_a_peft_model(whisper):
+    model = build("Whisper").eval()
+    with torch.no_grad():
+        base = model(**whisper).logits
+        inject_adapter_in_model(config("Whisper", model), model)
+        assert torch.equal(model(**whisper).logits, base)
+        move(model)
+        assert not torch.equal(model(**whisper).logits, base)
+
+
+def test_transformers_loads_it_too(tmp_path, whisper):
+    model = adapted("Whisper", moved=True)
+    model.save_pretrained(tmp_path)
+    plain = build("Whisper").eval()
+    plain.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(plain(**whisper).logits, model(**whisper).logits)
+
+
+def test_rank_pattern_sizes_the_gates():
+    model = build("Whisper")
+    settings = config("Whisper", model, rank_pattern={"fc1": 2})
+    sizes = {
+        name: tuple(p.shape) for name, p in get_peft_model(model, settings).named_parameters() if "lora_gate" in name
+    }
+    assert {size for name, size in sizes.items() if ".fc1." in name} == {(3, 2)}
+    assert {size for name, size in sizes.items() if ".fc1." not in name} == {(3, 4)}
+
+
+def test_a_copy_keeps_its_own_time():
+    model = adapted("SmolVLM", moved=True)
+    other = copy.deepcopy(model)
+    one, two = batch("SmolVLM").inputs, batch("SmolVLM", seed=5).inputs
+    with torch.no_grad():
+        alone = other(**two).loss
+        model(**one)
+        assert torch.equal(other(**two).loss, alone)
+    base = other.get_base_model()
+    assert base.generate.function.__self__ is base
+
+
+def test_a_run_resumes(tmp_path):
+    task = benchmark.TASKS["audio/timbre"]
+    train = task.train(0)
+    options = {"collate": task.collate, "steps": 6, "batch_size": 4, "bf16": False, "progress": False}
+
+    def fresh():
+        torch.manual_seed(0)
+        model = task.load(quant_type="nf4")
+        return get_peft_model(model, TemporalLoraConfig(r=4, target_modules=linears(model)))
+
+    whole = fresh()
+    mm.fine_tune(whole, train, output=tmp_path / "a", save_every=3, **options)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "checkpoint-3").rename(tmp_path / "b" / "checkpoint-3")
+    again = fresh()
+    record = mm.fine_tune(again, train, output=tmp_path / "b", save_every=3, resume=True, **options)
+    assert record["resumed_from_step"] == 3
+    ours, theirs = (dict(model.named_parameters()) for model in (whole, again))
+    gates = [name for name in ours if "lora_gate" in name]
+    assert gates and any(ours[name].any() for name in gates)
+    for name, parameter in ours.items():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, theirs[name]), name
+
+
+def test_compiles_without_a_graph_break():
+    for name in ("Whisper", "LLaVA-OneVision"):
+        model = adapted(name, moved=True, quantize=False)
+        given = batch(name).inputs
+        expected = model(**given).loss
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss = compiled(**given).loss
+        loss.backward()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_gate" in n)
+        torch._dynamo.reset()
+
+
+WORKER = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, sys.argv[3])
+from batches import batch
+from conformance import adapted
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+model = DistributedDataParallel(adapted("Whisper", moved=True).train())
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+for step in range(3):
+    optimizer.zero_grad()
+    model(**batch("Whisper", seed=10 * step + int(sys.argv[1])).inputs).loss.backward()
+    optimizer.step()
+flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+both = [torch.empty_like(flat) for _ in range(2)]
+dist.all_gather(both, flat)
+assert torch.equal(*both)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_stay_in_step(tmp_path):
+    store, here = str(tmp_path / "store"), str(Path(__file__).parent)
+    command = [sys.executable, "-W", "ignore", "-c", WORKER]
+    workers = [subprocess.Popen([*command, str(rank), store, here], stderr=subprocess.PIPE) for rank in (0, 1)]
+    for worker in workers:
+        error = worker.communicate(timeout=240)[1]
+        assert worker.returncode == 0, error.decode()[-2000:]
+
+
+def test_eva_starts_it():
+    from peft import EvaConfig, initialize_lora_eva_weights
+
+    model = build("Whisper", quantize=False)
+    given = batch("Whisper").inputs
+    settings = config("Whisper", model, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    with torch.no_grad():
+        base = model(**given).loss
+    model = get_peft_model(model, settings)
+    flat = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda x, *_: x[0].flatten(0, -2)}
+    initialize_lora_eva_weights(model, [given] * 4, show_progress_bar=False, **flat)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**given).loss, base)
+    move(model)
+    assert torch.isfinite(model(**given).loss)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"signals": ("moton",)}, SignalError, "motion"),
+        ({"kernel": 2}, GateError, "odd"),
+        ({"gate": False}, GateError, "plain LoRA"),
+        ({"signals": ()}, GateError, "need signals"),
+        ({"use_dora": True}, GateError, "use_dora"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, error, message):
+    with pytest.raises(error, match=message):
+        TemporalLoraConfig(target_modules="all-linear", **settings)
+
+
+def test_adapters_can_be_neither_mixed_nor_added_up(whisper):
+    model = adapted("Whisper", moved=True)
+    with pytest.raises(GateError, match="adapter_names"):
+        model(**whisper, adapter_names=["default", "__base__"])
+    with pytest.raises(GateError, match="added up"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_unknown_architectures_are_refused():
+    with pytest.raises(TimelineError, match="gpt2"):
+        get_peft_model(ARCHITECTURES["GPT-2"](), TemporalLoraConfig(target_modules=["c_attn"]))
+
+
+def test_unloading_leaves_the_model_as_it_was():
+    plain, model = build("SmolVLM"), adapted("SmolVLM")
+    bare = model.unload()
+    assert not [m for m in bare.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert "generate" not in bare.__dict__ and set(bare.__dict__) <= {*plain.__dict__, "peft_config"}
+
+
+def test_the_type_is_known_to_peft():
+    assert isinstance(TemporalLoraConfig(target_modules=[]), LoraConfig)
+    assert TemporalLoraConfig(target_modules=[]).peft_type.value == "TEMPORAL_LORA"
