@@ -357,6 +357,12 @@ def test_adapters_can_be_neither_mixed_nor_added_up(whisper):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
+def test_a_tower_that_sees_one_frame_at_a_time_has_no_neighbors():
+    model = build("GIT")
+    with pytest.raises(GateError, match="one frame at a time"):
+        get_peft_model(model, config("GIT", model, kernel=3))
+
+
 def test_unknown_architectures_are_refused():
     with pytest.raises(TimelineError, match="gpt2"):
         get_peft_model(ARCHITECTURES["GPT-2"](), TemporalLoraConfig(target_modules=["c_attn"]))
@@ -372,3 +378,34 @@ def test_unloading_leaves_the_model_as_it_was():
 def test_the_type_is_known_to_peft():
     assert isinstance(TemporalLoraConfig(target_modules=[]), LoraConfig)
     assert TemporalLoraConfig(target_modules=[]).peft_type.value == "TEMPORAL_LORA"
+
+
+def test_on_real_speech(real):
+    """At its start a real Whisper says what it says; its gates open where there is speech once they are told to."""
+    from transformers import AutoProcessor
+
+    from mmqlora.datasets.speech import Speech
+    from mmqlora.whisper import collate, prepare, transcribe
+
+    folder = real / "models" / "whisper-tiny.en"
+    processor = AutoProcessor.from_pretrained(folder)
+    speech = Speech(real / "speech" / "librivox")
+    speech.rows = [row for row in speech.rows if "sense_and_sensibility" in row["path"]][:2]
+    examples = prepare(speech, processor)
+    model, _ = mm.load(folder)
+    said = transcribe(model, processor, examples)
+    with torch.no_grad():
+        loss = model(**collate(examples)).loss
+    settings = TemporalLoraConfig(r=4, target_modules=mm.regions(model).pattern("audio"), signals=("speech",))
+    model = get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**collate(examples)).loss, loss)
+    assert transcribe(model, processor, examples) == said
+    for name, parameter in model.named_parameters():
+        if "lora_gate" in name:
+            parameter.data.fill_(0.03)
+    table = explain(model, **collate(examples))
+    first = table[table["layer"] == "model.encoder.layers.0.self_attn.q_proj"]
+    for row, (_, steps) in zip(speech.rows, first.groupby("item"), strict=True):
+        quiet = steps[steps["step"] > 50 * (row["duration"] + 1)]  # the window of 30 s ends in silence
+        assert steps["gate"].max() > 1.2 and (quiet["gate"] < 1).all()

@@ -40,7 +40,7 @@ from torch import nn
 from . import families  # noqa: F401  # registers them
 from .errors import GateError
 from .signals import SIGNALS, _check_names
-from .timeline import Clock, Nothing, Placement, Rule, Timekeeper, timekeeper
+from .timeline import Calls, Clock, Nothing, Placement, Rule, Timekeeper, timekeeper
 
 DEFAULT_SIGNALS = ("motion", "novelty", "keyframe", "flux", "energy", "speech")
 PARTS = ("lora_gate", "lora_hidden", "lora_shift", "lora_conv")
@@ -148,7 +148,7 @@ class TemporalLora(LoraVariant):
                 setattr(module, part, nn.ParameterDict())
                 module.adapter_layer_names = (*module.adapter_layer_names, part)
             if shape is not None:
-                zeros = torch.zeros(shape, dtype=torch.float32, device=beside.device)
+                zeros = torch.zeros(shape, dtype=beside.dtype, device=beside.device)
                 getattr(module, part)[adapter_name] = nn.Parameter(zeros, requires_grad=beside.requires_grad)
 
     def forward(
@@ -265,6 +265,11 @@ class TemporalLoraModel(LoraModel):
                 f"{current_key} has no rule in the timeline of {type(self.model).__name__}; leave it out by "
                 "exclude_modules, or register a family that has one (mmqlora.timeline.family)"
             )
+        if lora_config.kernel and isinstance(rule, Calls):
+            raise GateError(
+                f"{current_key} sees one frame at a time, so a kernel of {lora_config.kernel} steps has nothing to go "
+                "over; set kernel=0, or leave the tower out by exclude_modules"
+            )
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -324,8 +329,9 @@ def explain(model: nn.Module, **batch: Any) -> pd.DataFrame:
         batch: what its ``forward`` takes.
 
     Returns:
-        A row for each adapted layer, item and step: ``layer``, ``adapter``, ``item``, ``step``, and over the ranks the
-        mean ``gate``, the ``low``est and the ``high``est. 1 is plain LoRA, 0 no update, 2 twice the update.
+        A row for each adapted layer, item and step: ``layer``, ``adapter``, ``item``, ``step``, and ``gate``, the mean
+        over the ranks, with the lowest and highest of them as ``low`` and ``high``. 1 is plain LoRA, 0 no update, 2
+        twice the update.
 
     Raises:
         GateError: the model has no gates.

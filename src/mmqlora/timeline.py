@@ -2,7 +2,7 @@
 
 A tower gets frames stacked on top of each other, or packed patches, or a sequence that is half as long as its mel
 frames; a decoder gets tokens of which some stand for frames. Yet an adapter that is to act when something happens has
-to know, for every row, when that row was. This file knows it for the architectures in `FAMILIES`::
+to know, for every row, when that row was. `families` says it for each architecture, by rules::
 
     Frames      x[i] is frame i of the batch: (frames, ..., D)
     Packed      the patches of all frames in a row: (patches, D); so many a frame
@@ -10,6 +10,8 @@ to know, for every row, when that row was. This file knows it for the architectu
     Tokens      the decoder: (items, tokens, D); tokens that stand for media have their time, words have none
     Calls       the tower is called once for each frame: (items, ..., D)
     Nothing     words only
+
+and a few more for single architectures.
 
 What can't be placed is refused with the name and the shapes; nothing is guessed. A model that is not in the list can
 be added by its ``config.model_type``, with the decorator `family`.
@@ -826,11 +828,8 @@ class Timekeeper:
         if around is not None and around.streams and ids is not None:
             streams, beams, start = around.streams, max(1, len(ids) // len(around.ids)), around.ids.shape[1]
             # What was said since is words, whatever it is.
-            ids = (
-                nn.functional.pad(ids[:, :start], (0, ids.shape[1] - start), value=-1)
-                if ids.shape[1] >= start
-                else -ids
-            )
+            said = torch.arange(ids.shape[1], device=ids.device) >= (start if ids.shape[1] >= start else 0)
+            ids = ids.masked_fill(said, -1)
         else:
             streams = self._read(arguments)
             if not streams and arguments.get("encoder_outputs") is not None:
@@ -844,9 +843,8 @@ class Timekeeper:
 
     def _stop(self, *_: Any) -> None:
         self._inside = 0
-        self.clock = self._around or Clock(
-            {}, width=len(self.names)
-        )  # no other pass may take this one's time for its own
+        # No other pass may take this one's time for its own.
+        self.clock = self._around or Clock({}, width=len(self.names))
 
     def _enter(self, order: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         if not self._inside:

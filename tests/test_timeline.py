@@ -1,0 +1,131 @@
+"""Refusals of the timeline, and what it must not mix up; that rows have their time is checked in `conformance.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from batches import batch, generate_inputs
+from conformance import adapted, build, config
+from peft import get_peft_model
+
+import mmqlora as mm
+from mmqlora.errors import GateError, TimelineError
+from mmqlora.gates import TemporalLoraConfig
+from mmqlora.regions import regions
+from mmqlora.timeline import FAMILIES, Clock, Frames, Positions, Stream, timekeeper
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_every_linear_of_every_family_has_a_rule():
+    for name, make in ARCHITECTURES.items():
+        with torch.device("meta"):
+            model = make()
+        if model.config.model_type in FAMILIES:
+            family = FAMILIES[model.config.model_type](model.config, clip_frames=4)
+            assert not [linear for linear in regions(model) if family.rule(linear) is None], name
+
+
+def test_towers_outside_a_forward_pass_are_refused():
+    model = adapted("SmolVLM", moved=True)
+    given = batch("SmolVLM").inputs
+    with torch.no_grad():
+        model(**given)
+        with pytest.raises(TimelineError, match="no video came"):
+            model.get_base_model().model.get_image_features(given["pixel_values"])
+
+
+def test_media_that_do_not_come_are_missed():
+    model = adapted("SmolVLM")
+    given = batch("SmolVLM").inputs
+    features = torch.zeros(32, 64)
+    with pytest.raises(TimelineError, match="video tokens, but no video"), torch.no_grad():
+        model(**{**given, "pixel_values": None, "image_hidden_states": features})
+
+
+def test_words_alone_are_plain_lora():
+    model = adapted("SmolVLM", moved=True)
+    ids = torch.randint(5, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said = model(input_ids=ids).logits
+        for name, parameter in model.named_parameters():
+            if "lora_gate" in name:
+                parameter.zero_()
+        assert torch.equal(model(input_ids=ids).logits, said)
+
+
+def test_tokens_are_asked_for():
+    model = adapted("SmolVLM")
+    given = batch("SmolVLM").inputs
+    embeddings = model.get_input_embeddings()(given["input_ids"])
+    given = {**given, "inputs_embeds": embeddings, "input_ids": None}
+    with pytest.raises(TimelineError, match="input_ids"), torch.no_grad():
+        model(**given)
+
+
+def test_frames_without_clips_are_refused():
+    model = build("CLIP")
+    model = get_peft_model(model, TemporalLoraConfig(target_modules=r"vision_model\..*q_proj"))
+    with pytest.raises(TimelineError, match="clip_frames"), torch.no_grad():
+        model(**batch("CLIP").inputs)
+    model = get_peft_model(build("CLIP"), TemporalLoraConfig(target_modules=r"vision_model\..*q_proj", clip_frames=3))
+    with pytest.raises(TimelineError, match="divides 8"), torch.no_grad():
+        model(**batch("CLIP").inputs)
+
+
+def test_a_decoder_takes_only_the_encoder_output_that_is_known():
+    model = adapted("Whisper", moved=True)
+    given, other = batch("Whisper").inputs, batch("Whisper", seed=1).inputs
+    base = model.get_base_model()
+    start = {"decoder_input_ids": given["decoder_input_ids"]}
+    with torch.no_grad():
+        whole = model(input_features=given["input_features"], **start).logits
+        encoded = base.get_encoder()(given["input_features"])
+        assert torch.equal(model(encoder_outputs=encoded, **start).logits, whole)
+        base.get_encoder()(other["input_features"])
+        with pytest.raises(TimelineError, match="encoder's last run"):
+            model(encoder_outputs=encoded, **start)
+
+
+def test_a_layer_without_a_rule_is_refused():
+    model = build("Whisper")
+    keeper = timekeeper(model)
+    keeper.family = type(keeper.family)(keeper.family.media, [(r"model\.encoder\.", Positions(("audio",)))])
+    with pytest.raises(GateError, match=r"model\.decoder.* has no rule"):
+        get_peft_model(model, config("Whisper", model))
+
+
+def test_shapes_that_do_not_fit_name_the_layer():
+    clock = Clock({"video": Stream(torch.zeros(2, 4, 1))}, width=1)
+    assert clock.place(Frames(("video",)), "a", (8, 5, 64)).level.counts == (4, 4)
+    with pytest.raises(TimelineError, match=r"layer\.b: an input of shape \(7, 5, 64\).*8 frames"):
+        clock.place(Frames(("video",)), "layer.b", (7, 5, 64))
+    with pytest.raises(TimelineError, match=r"no audio came"):
+        clock.place(Positions(("audio",)), "layer.c", (2, 5, 64))
+
+
+def test_generation_leaves_nothing_behind():
+    model = adapted("SmolVLM", moved=True)
+    given = batch("SmolVLM", seed=3).inputs
+    with torch.no_grad():
+        before = model(**given).loss
+        model.generate(**generate_inputs("SmolVLM"))
+        assert torch.equal(model(**given).loss, before)
+
+
+def test_merged_frames_take_the_mean_of_their_signals():
+    """ViViT's tokens stand for four frames each; its class token for none."""
+    task = mm.benchmark.TASKS["retrieval/none"]
+    model = task.load()
+    keeper = timekeeper(model)
+    keeper.want(["motion"])
+    given = task.collate([task.train(0)[i] for i in range(2)])
+    stream = keeper._read({"pixel_values": given["pixel_values"]})["video"]
+    clock = Clock({"video": stream}, width=1)
+    rule = keeper.family.rule("vision_model.layers.0.attention.q_proj")
+    place = clock.place(rule, "q", (2, 97, 192))
+    assert place.level.counts == (6, 6)
+    assert torch.allclose(place.level.signals[:-1], stream.signals.reshape(12, 4, 1).mean(1), atol=1e-6)
+    index = place.index
+    assert (index[:, 0] == 12).all() and index[1, 1] == 6 and index[1, 96] == 11 and index[0, 17] == 1
