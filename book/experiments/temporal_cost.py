@@ -1,0 +1,140 @@
+"""What gates cost: time and memory of a training step beside PEFT's own QLoRA, in the chapter *Temporal adapters*.
+
+    cd book && python -m experiments.temporal_cost
+
+One video-text model of 19 million parameters in NF4 with LoRA on all Linears, as PEFT has it and with gates. A round
+runs one step of each, in an order by chance; its ratios are what counts, as whatever else the machine does hits all of
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+from mmqlora.gates import TemporalLoraConfig
+from mmqlora.memory import measure
+from mmqlora.quantization import quantize
+from mmqlora.records import append_record, make_record
+from mmqlora.training import _elements
+
+RECORDS = Path(__file__).parent.parent / "records" / "temporal_cost.jsonl"
+ROUNDS = 40
+CLIPS, FRAMES, WORDS = 4, 16, 16
+IMAGE = 5
+ARMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "gate": {"gate": True},
+    "gate and convolution": {"gate": True, "kernel": 3},
+    "gate from the hidden state": {"gate": True, "hidden": True},
+    "shift": {"gate": False, "shift": True},
+}
+
+
+def build(arm: str) -> torch.nn.Module:
+    """The model with one of the adapters."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    text = {"model_type": "llama", **tower, "num_key_value_heads": 6, "vocab_size": 512, "pad_token_id": 0}
+    config = transformers.SmolVLMConfig(
+        vision_config={**tower, "image_size": 64, "patch_size": 16},
+        text_config={**text, "max_position_embeddings": 512},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    model = transformers.SmolVLMForConditionalGeneration(config)
+    quantize(model, "nf4")
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    config = LoraConfig(**settings) if arm == "lora" else TemporalLoraConfig(**settings, **ARMS[arm])
+    return get_peft_model(model, config).train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Clips of noise, four tokens a frame, and words."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(IMAGE + 1, 500, (CLIPS, WORDS), generator=generator)
+    ids = torch.cat([torch.full((CLIPS, FRAMES * 4), IMAGE), words], 1)
+    return {
+        "pixel_values": torch.randn(CLIPS, FRAMES, 3, 64, 64, generator=generator),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.where(ids == IMAGE, -100, ids),
+    }
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, torch.Tensor]) -> float:
+    """One optimizer step; CPU seconds."""
+    start = time.process_time()
+    model(**given).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - start
+
+
+def peak(arm: str) -> int:
+    """Bytes that training needs beyond the model, in a process of its own: an old one has memory to spare."""
+    torch.set_num_threads(1)
+    given, model = batch(), build(arm)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    with measure() as memory:
+        for _ in range(3):
+            step(model, optimizer, given)
+    return memory.peak_bytes - memory.start_bytes
+
+
+def run(rounds: int = ROUNDS, progress: bool = True) -> list[dict[str, Any]]:
+    """A record for each arm."""
+    given, order = batch(), list(ARMS)
+    models = {arm: build(arm) for arm in ARMS}
+    optimizers = {
+        arm: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+        for arm, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for number in tqdm(range(-2, rounds), disable=not progress):
+        random.Random(number).shuffle(order)
+        for arm in order:
+            taken = step(models[arm], optimizers[arm], given)
+            if number >= 0:  # the first ones warm up
+                seconds[arm].append(taken)
+    records = []
+    for arm, model in models.items():
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            needed = alone.submit(peak, arm).result()
+        ratios = [a / b for a, b in zip(seconds[arm], seconds["lora"], strict=True)]
+        size = sum(_elements(p) for p in model.parameters())
+        config = {"arm": arm, "clips": CLIPS, "frames": FRAMES, "parameters": size}
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        measured = {
+            "metrics": {"ratio": float(torch.tensor(ratios).median()), "seconds": sum(seconds[arm]) / rounds},
+            "items": {"ratio": [round(ratio, 4) for ratio in ratios]},
+            "peak_bytes": needed,
+            "parameters": {"trainable": trained, "total": size},
+        }
+        records.append(make_record("temporal_cost", config, 0, data="", measured=measured))
+    return records
+
+
+def main() -> None:
+    """Measure, and put the records in place of the old ones."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    records = run()
+    RECORDS.unlink(missing_ok=True)
+    for record in records:
+        append_record(RECORDS, record)
+        print(record["config"]["arm"], record["metrics"], record["peak_bytes"])
+
+
+if __name__ == "__main__":
+    main()
