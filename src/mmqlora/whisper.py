@@ -144,7 +144,7 @@ def transcribe(
         processor: its processor.
         examples: what `prepare` gave.
         batch_size: clips at a time.
-        max_tokens: the longest transcript.
+        max_tokens: the longest transcript, within what the model has positions for.
         bf16: compute in bfloat16 under autocast.
         progress: show a progress bar.
 
@@ -153,6 +153,7 @@ def transcribe(
     """
     device = next(model.parameters()).device
     model.eval()
+    max_tokens = min(max_tokens, model.config.max_target_positions - 4)  # start, language, task, no timestamps
     texts: list[str] = []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for start in tqdm(range(0, len(examples), batch_size), desc="transcribe", leave=False, disable=not progress):
