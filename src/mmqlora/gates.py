@@ -1,4 +1,4 @@
-"""Temporal LoRA: adapters that act when something happens.
+"""Temporal LoRA: adapters that act when something happens::
 
     config = TemporalLoraConfig(r=8, target_modules="all-linear", signals=("motion", "novelty"))
     model = get_peft_model(model, config)
@@ -7,11 +7,12 @@ A Linear with the frozen weight Ŵ, in 4 bits or not, gets the input x of step t
 
     y = Ŵx + s · B [ (1 + tanh(c · (U φ_t + V ĥ_t))) ⊙ Ax + E φ_t + (k ∗_t h̄)_t ]
 
-    φ_t   (m,) signals of the step, standardized for each clip (`signals`)
-    h̄_t   (R,) the mean of Ax over the rows of the step; ĥ_t the same, divided by its root mean square
-    U, V  (m, R), (R, R) open and close the ranks: ``gate``, ``hidden``
-    E     (m, R) adds the signals to the bottleneck: ``shift``
-    k     (R, w) a convolution over time, a kernel for each rank: ``kernel``
+    φ_t   (m,) signals of the step, standardized for each clip
+    h̄_t   (R,) the mean of Ax over the rows of the step
+    ĥ_t   (R,) the same, divided by its root mean square
+    U, V  (m, R), (R, R) open and close the ranks: gate, hidden
+    E     (m, R) adds the signals to the bottleneck: shift
+    k     (R, w) a convolution over time, a kernel for each rank: kernel
 
 B, U, V, E and k are zero at the start, so that training starts exactly at the base model. A gate has no gradient before
 B has moved, and moves too little at the learning rate of A and B; c makes its rate c times theirs under Adam.
