@@ -2,7 +2,7 @@
 
     cd book && python -m experiments.temporal_cost
 
-One video-text model of 19 million parameters in NF4 with LoRA on all Linears, as PEFT has it and with gates. A round
+One video-text model of 20 million parameters in NF4 with LoRA on all Linears, as PEFT has it and with gates. A round
 runs one step of each, in an order by chance; its ratios are what counts, as whatever else the machine does hits all of
 them.
 """
