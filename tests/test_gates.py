@@ -122,6 +122,12 @@ def test_words_are_plain_lora():
     assert not layer.lora_variant and not [name for name, _ in layer.named_parameters() if "gate" in name]
 
 
+def test_weights_that_are_adapted_as_tensors_have_no_gates():
+    settings = TemporalLoraConfig(r=3, target_modules=["seen"], target_parameters=["heard.weight"])
+    names = [name for name, _ in get_peft_model(Toy(), settings).named_parameters() if "lora_gate" in name]
+    assert len(names) == 1 and ".seen." in names[0]  # a gate that nothing reads would be trained in vain
+
+
 def test_the_gate_learns_faster_by_its_scale():
     moved = {}
     for scale in (1.0, 10.0):

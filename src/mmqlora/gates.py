@@ -35,8 +35,9 @@ import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from . import families  # noqa: F401  # registers them
 from .errors import GateError
@@ -305,17 +306,9 @@ class TemporalLoraModel(LoraModel):
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, LoraLayer)
-        and hasattr(layer, "lora_A")
-        and isinstance(layer.get_base_layer(), (nn.Linear, _conv1d()))
-    )
-
-
-def _conv1d() -> type[nn.Module]:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D
+    # A `ParamWrapper` has a Linear inside too, but adapts its weight as a tensor and never asks a variant.
+    plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    return plain and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
 
 
 def explain(model: nn.Module, **batch: Any) -> pd.DataFrame:
