@@ -72,6 +72,8 @@ def test_frames_without_clips_are_refused():
     model = get_peft_model(build("CLIP"), TemporalLoraConfig(target_modules=r"vision_model\..*q_proj", clip_frames=3))
     with pytest.raises(TimelineError, match="divides 8"), torch.no_grad():
         model(**batch("CLIP").inputs)
+    with pytest.raises(TimelineError, match="another adapter of this model has 3"):
+        model.add_adapter("other", TemporalLoraConfig(target_modules=r"vision_model\..*q_proj", clip_frames=4))
 
 
 def test_a_decoder_takes_only_the_encoder_output_that_is_known():

@@ -757,6 +757,7 @@ class Timekeeper:
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
+        self.clip_frames: int | None = None
         self.names: tuple[str, ...] = ()  # signals that are read
         self.clock = Clock({})
         self.groups: dict[Any, list[nn.Module]] = {}  # layers by adapter and rule
@@ -916,7 +917,7 @@ def timekeeper(model: nn.Module, clip_frames: int | None = None) -> Timekeeper:
         clip_frames: frames in every clip, for models that take frames without a dimension of their own.
 
     Raises:
-        TimelineError: its architecture is not in `FAMILIES`.
+        TimelineError: its architecture is not in `FAMILIES`, or it was told of other clips before.
     """
     keeper = model.__dict__.get("_mmqlora_time")
     if keeper is None:
@@ -929,4 +930,7 @@ def timekeeper(model: nn.Module, clip_frames: int | None = None) -> Timekeeper:
                 "mmqlora.timeline.family."
             )
         keeper = model.__dict__["_mmqlora_time"] = Timekeeper(model, make(config, clip_frames=clip_frames))
+        keeper.clip_frames = clip_frames
+    elif clip_frames not in (None, keeper.clip_frames):
+        raise TimelineError(f"clip_frames={clip_frames}, but another adapter of this model has {keeper.clip_frames}")
     return keeper
