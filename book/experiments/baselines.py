@@ -13,16 +13,19 @@ the same rate. "16 bits" are the weights as they are stored; a CPU computes in f
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments import tuning
 from mmqlora import benchmark, methods
 from mmqlora.errors import MMQLoRAError
 from mmqlora.grids import run_grid
-from mmqlora.records import make_record, read_records
+from mmqlora.records import make_record
 from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -32,8 +35,6 @@ PRIMARY = {"video": "word_accuracy", "audio": "word_accuracy", "retrieval": "rec
 WEAK = tuple(f"retrieval/{shift}" for shift in ("blur", "syntax", "reversed", "longer", "faster"))
 HARD = ("video/words",)  # more than a run of this length can repair
 SEEDS = range(1, 7)
-MOST_RATES = 5
-STEP = 10**0.5  # from one learning rate to the next
 # The middle of the first three rates.
 RATES = {
     "full": 1e-3,
@@ -111,52 +112,26 @@ def arms(task: str) -> list[tuple[str, int]]:
     ]
 
 
-def tried(tasks: tuple[str, ...] = MAIN) -> dict[tuple[str, str], dict[float, float]]:
+def score(record: Mapping[str, Any]) -> float:
+    """Primary score of a record."""
+    return record["metrics"][PRIMARY[record["config"]["task"].split("/")[0]]]
+
+
+def tried() -> dict[tuple[str, str], dict[float, float]]:
     """Score of each learning rate that was tried, by task and method."""
-    path = RECORDS / "baselines_tuning.jsonl"
-    scores: dict[tuple[str, str], dict[float, float]] = {}
-    for record in read_records(path) if path.exists() else []:
-        config = record["config"]
-        score = record["metrics"][PRIMARY[config["task"].split("/")[0]]]
-        scores.setdefault((config["task"], config["method"]), {})[config["learning_rate"]] = score
-    return scores
+    found = tuning.tried(RECORDS / "baselines_tuning.jsonl", score)
+    configs = {key: json.loads(key) for key in found}
+    return {(configs[key]["task"], configs[key]["method"]): scores for key, scores in found.items()}
 
 
-def rate_of(step: int, method: str) -> float:
-    """The learning rate so many half decades from a method's first one, as it is written."""
-    return float(f"{RATES[method] * STEP**step:.2g}")
-
-
-def wanted(scores: dict[float, float], method: str) -> list[float]:
-    """Learning rates to try next; empty when the best lies between two others, or enough were tried."""
-    first = [rate_of(step, method) for step in (-1, 0, 1)]
-    if missing := [rate for rate in first if rate not in scores]:
-        return missing
-    steps = {step: scores[rate_of(step, method)] for step in range(-4, 5) if rate_of(step, method) in scores}
-    best = max(steps, key=steps.get)
-    if len(steps) >= MOST_RATES or min(steps) < best < max(steps):
-        return []
-    return [rate_of(best + (1 if best == max(steps) else -1), method)]
-
-
-def tune(tasks: tuple[str, ...], names: list[str], **options: Any) -> None:
-    """Try learning rates until each method has its best."""
-    failed: set[tuple[str, str]] = set()
-    while True:
-        scores, runs = tried(), []
-        for task in tasks:
-            for method in dict.fromkeys(method for method, _ in arms(task)):
-                if method in names and (task, method) not in failed:
-                    for rate in wanted(scores.get((task, method), {}), method):
-                        runs.append((configuration(task, method, 16, rate, validation=True), 0))
-        if not runs:
-            return
-        # One round: the file holds earlier ones too.
-        grid = run_grid("experiments.baselines:run", runs, RECORDS / "baselines_tuning.jsonl", **options)
-        for failure in grid.failures:
-            # A rate that diverges is a rate that is not the best.
-            print(failure.config, failure.error[-300:], file=sys.stderr)
-            failed.add((failure.config["task"], failure.config["method"]))
+def tuned_arms(tasks: tuple[str, ...], names: list[str]) -> list[tuple[dict[str, Any], float]]:
+    """What is tuned: each method of each task, at 16 bits."""
+    cells = [(task, method) for task in tasks for method in dict.fromkeys(method for method, _ in arms(task))]
+    return [
+        ({"task": task, "method": method, "bits": 16, "validation": True}, RATES[method])
+        for task, method in cells
+        if method in names
+    ]
 
 
 def best_rate(task: str, method: str) -> float:
@@ -207,7 +182,9 @@ def main() -> None:
     tasks, names = tuple(arguments.task or MAIN), arguments.method or list(RATES)
     options = {"processes": arguments.processes, "timeout": 1800}
     if arguments.tune:
-        tune(tasks, names, **options)
+        tuning.tune(
+            "experiments.baselines:run", tuned_arms(tasks, names), RECORDS / "baselines_tuning.jsonl", score, **options
+        )
         return
     if arguments.shifts:
         every = tuple(arguments.task or (*benchmark.TASKS, *WEAK, *HARD))

@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.baselines import MAIN, PRIMARY, RATES, RECORDS, best_rate
-from mmqlora import methods, plots
+from experiments.baselines import MAIN, PRIMARY, RATES, RECORDS, tried
+from mmqlora import plots
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import read_records
 
 PLAIN = {"video": "exact_match", "audio": "exact_match", "retrieval": "recall_at_1"}
 MARGIN = 0.02  # of the primary score: within it two methods count as equal
 FAMILIES = {
-    "full": ["full", "head", "ln-tuning"],
+    "whole weights": ["full", "head", "ln-tuning"],
     "low rank": ["lora", "rslora", "dora", "adalora", "eva", "pissa", "vera"],
     "factors and rotations": ["ia3", "oft", "boft"],
     "new modules": ["adapter", "prefix", "prompt", "p-tuning"],
@@ -31,6 +31,7 @@ class Results:
         self.records = read_records(RECORDS / "baselines.jsonl")
         self.memory = read_records(RECORDS / "baselines_memory.jsonl")
         self.tasks = [task for task in MAIN if any(r["config"]["task"] == task for r in self.records)]
+        self.rates = tried()
 
     def of(self, task: str, method: str | None = None, bits: int | None = None) -> list[dict]:
         """Records of a task, by method and bits."""
@@ -44,17 +45,19 @@ class Results:
 
     def seeds(self, task: str) -> int:
         """Seeds that every arm of a task has."""
-        counts = pd.Series(
-            [(r["config"]["method"], r["config"]["bits"]) for r in self.of(task) if r["config"]["method"] != "none"]
-        )
-        return int(counts.value_counts().min()) if len(counts) else 0
+        arms = [(r["config"]["method"], r["config"]["bits"]) for r in self.of(task) if r["config"]["method"] != "none"]
+        return int(pd.Series(arms).value_counts().min())
+
+    def start(self, task: str, bits: int = 16) -> float:
+        """Primary score of the base model as it comes."""
+        return self.of(task, "none", bits)[0]["metrics"][primary(task)]
 
     def table(self, task: str) -> pd.DataFrame:
         """One row a method and bits: scores, share of the gap closed, parameters, time, memory."""
-        primary, plain = (names[task.split("/")[0]] for names in (PRIMARY, PLAIN))
-        start = {bits: self.of(task, "none", bits)[0]["metrics"] for bits in (16, 4)}
-        full = np.mean([r["metrics"][primary] for r in self.of(task, "full", 16)])
-        lora = np.mean([r["cpu_s"] for r in self.of(task, "lora", 16)])
+        score, plain = primary(task), PLAIN[task.split("/")[0]]
+        full = np.mean([r["metrics"][score] for r in self.of(task, "full")])
+        # Paired by seed: what else the machine did hits a pair more alike.
+        seconds = {r["seed"]: r["cpu_s"] for r in self.of(task, "lora", 16)}
         peaks = {
             (r["config"]["method"], r["config"]["bits"]): r["peak_bytes"] - r["start_bytes"]
             for r in self.memory
@@ -63,69 +66,81 @@ class Results:
         rows = []
         for method in RATES:
             for bits in (16, 4):
-                runs = self.of(task, method, bits)
-                if not runs:
+                if not (runs := self.of(task, method, bits)):
                     continue
-                score = np.array([r["metrics"][primary] for r in runs])
+                scores = np.array([r["metrics"][score] for r in runs])
                 rows.append(
                     {
                         "method": method,
                         "bits": bits,
-                        primary: score.mean(),
-                        "sd": score.std(ddof=1) if len(score) > 1 else np.nan,
-                        plain: np.mean([r["metrics"][plain] for r in runs]),
-                        "recovered": (score.mean() - start[16][primary]) / (full - start[16][primary]),
+                        "score": scores.mean(),
+                        "sd": scores.std(ddof=1) if len(scores) > 1 else np.nan,
+                        "plain": np.mean([r["metrics"][plain] for r in runs]),
+                        "recovered": (scores.mean() - self.start(task)) / (full - self.start(task)),
                         "parameters": runs[0]["parameters"]["trainable"],
-                        "time": np.mean([r["cpu_s"] for r in runs]) / lora,
-                        "peak_mb": peaks.get((method, bits), np.nan) / 1e6,
-                        "learning rate": best_rate(task, method),
-                        "seeds": len(runs),
+                        "time": np.median([r["cpu_s"] / seconds[r["seed"]] for r in runs if r["seed"] in seconds]),
+                        "peak": peaks.get((method, bits), np.nan) / 1e6,
                     }
                 )
         return pd.DataFrame(rows)
 
+    def tuning(self, task: str) -> pd.DataFrame:
+        """The rate that was chosen, and what half a decade less or more costs, in points; one row a method."""
+        rows = []
+        for method in RATES:
+            if scores := self.rates.get((task, method)):
+                best = max(scores, key=scores.get)
+                order = sorted(scores)
+                place = order.index(best)
+                beside = {"lower": place - 1, "higher": place + 1}
+                lost = {
+                    name: 100 * (scores[best] - scores[order[i]]) if 0 <= i < len(order) else np.nan
+                    for name, i in beside.items()
+                }
+                rows.append({"method": method, "rate": best, **lost})
+        return pd.DataFrame(rows).set_index("method")
+
     def against_lora(self, task: str, bits: int = 4) -> Comparison:
         """Every method against LoRA, paired by seed and item."""
-        return self._compare(self.of(task, bits=bits), task, "lora", "config.method")
+        records = [r for r in self.of(task, bits=bits) if r["config"]["method"] != "none"]
+        if bits == 4:  # full fine-tuning has no 4 bits, and is what all of them are measured by
+            records += self.of(task, "full")
+        return compare(records, "lora", by="config.method", metric=primary(task), margin=MARGIN)
 
     def four_bits(self, task: str) -> pd.DataFrame:
-        """Every method at 4 bits against itself at 16: one row each, corrected for all of them."""
+        """Every method at 4 bits against itself at 16: one row each."""
         rows = []
         for method in RATES:
             runs = self.of(task, method)
             if {r["config"]["bits"] for r in runs} == {4, 16}:
-                row = self._compare(runs, task, 16, "config.bits").table.iloc[0]
-                rows.append({"method": method, **row.drop("arm")})
-        return pd.DataFrame(rows)
-
-    def _compare(self, records: list[dict], task: str, baseline: object, by: str) -> Comparison:
-        metric = PRIMARY[task.split("/")[0]]
-        records = [r for r in records if r["config"]["method"] != "none"]
-        return compare(records, baseline, by=by, metric=metric, margin=MARGIN)
+                found = compare(runs, 16, by="config.bits", metric=primary(task), margin=MARGIN).table.iloc[0]
+                rows.append({"method": method, **found.drop("arm")})
+        return pd.DataFrame(rows).set_index("method")
 
     def plot(self) -> Figure:
         """Score against trainable parameters, one panel a task; filled at 4 bits, open at 16."""
-        figure, panels = plt.subplots(len(self.tasks), 1, figsize=(7.5, 3.9 * len(self.tasks)), squeeze=False)
+        figure, panels = plt.subplots(len(self.tasks), 1, figsize=(7.2, 4.1 * len(self.tasks)), squeeze=False)
         for axes, task in zip(panels[:, 0], self.tasks, strict=True):
-            primary = PRIMARY[task.split("/")[0]]
             table = self.table(task)
             for row in table.itertuples():
                 color = COLORS[FAMILY[row.method]]
                 face = color if row.bits == 4 else "white"
-                axes.scatter(row.parameters, getattr(row, primary), s=48, color=face, edgecolor=color, zorder=3)
-            for method, group in table.groupby("method"):
-                top = group.sort_values(primary).iloc[-1]
-                axes.annotate(method, (top.parameters, top[primary]), (4, 4), textcoords="offset points", fontsize=8)
-            front = pareto(table, primary)
-            axes.step(front["parameters"], front[primary], where="post", color="0.6", lw=1.5, zorder=1)
-            zero = self.of(task, "none", 16)[0]["metrics"][primary]
-            axes.axhline(zero, color=plots.ARM_COLORS["zero-shot"], ls="--", lw=1)
-            axes.set(xscale="log", title=task, ylabel=primary.replace("_", " "))
+                axes.scatter(row.parameters, row.score, s=42, color=face, edgecolor=color, zorder=3)
+            front = pareto(table[table["bits"] == 4], "score")
+            axes.step(front["parameters"], front["score"], where="post", color="0.6", lw=1.5, zorder=1)
+            axes.axhline(self.start(task), color=plots.ARM_COLORS["zero-shot"], ls="--", lw=1)
+            axes.set(xscale="log", title=task, ylabel=primary(task).replace("_", " "), ylim=(None, 1.02))
+            _label(axes, table.sort_values("score").groupby("method").last())
         panels[-1, 0].set_xlabel("trainable parameters")
         for family, color in COLORS.items():
             panels[0, 0].scatter([], [], color=color, label=family)
-        panels[0, 0].legend(loc="lower right", fontsize=8)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
         return figure
+
+
+def primary(task: str) -> str:
+    """Name of the measure that a task's comparisons are made on."""
+    return PRIMARY[task.split("/")[0]]
 
 
 def pareto(table: pd.DataFrame, score: str, cost: str = "parameters") -> pd.DataFrame:
@@ -134,9 +149,24 @@ def pareto(table: pd.DataFrame, score: str, cost: str = "parameters") -> pd.Data
     return table[table[score] > table[score].cummax().shift(fill_value=-np.inf)]
 
 
-def supported(model: object) -> pd.DataFrame:
-    """Which methods fit a model at 16 and at 4 bits, and why not."""
-    rows = [
-        (name, *(methods.why_not(model, name, quant_type) or "yes" for quant_type in (None, "nf4"))) for name in RATES
-    ]
-    return pd.DataFrame(rows, columns=["method", "16 bits", "4 bits"])
+def _label(axes: plt.Axes, points: pd.DataFrame) -> None:
+    """Names beside points, moved up or down until none covers another."""
+    axes.figure.canvas.draw()
+    taken: list[tuple[float, float]] = []
+    for name, row in points.sort_values("score", ascending=False).iterrows():
+        x, y = axes.transData.transform((row["parameters"], row["score"]))
+        place = y
+        while any(abs(x - a) < 62 and abs(place - b) < 11 for a, b in taken):
+            place -= 3
+        taken.append((x, place))
+        line = {"arrowstyle": "-", "color": "0.75", "lw": 0.8} if abs(place - y) > 8 else None
+        offset = (9, (place - y) * 72 / axes.figure.dpi)
+        axes.annotate(
+            name,
+            (row["parameters"], row["score"]),
+            offset,
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            arrowprops=line,
+        )

@@ -1,0 +1,145 @@
+"""The experiment of the chapter *Temporal adapters*: QLoRA that knows the time, beside QLoRA that doesn't.
+
+    cd book && python -m experiments.temporal --tune    # learning rates: first, as the rest reads them
+    cd book && python -m experiments.temporal           # everything that is not in records/ yet
+
+All arms adapt the same Linears of the same model in NF4 with the same rank, but "wider", which has one rank more and
+with it more parameters than any gate adds. Each has its learning rate chosen by the same rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from experiments import tuning
+from experiments.baselines import score
+from mmqlora import benchmark
+from mmqlora.gates import TemporalLoraConfig, timekeeper
+from mmqlora.grids import run_grid
+from mmqlora.timeline import Stream
+from mmqlora.training import fine_tune
+
+RECORDS = Path(__file__).parent.parent / "records"
+# Where it matters when something is, and where it does not.
+TIMING = ("retrieval/flashes", "video/flashes", "audio/flashes")
+CONTROL = ("retrieval/palette",)
+SEEDS = range(1, 7)
+RANK = 8
+MIDDLE = 3e-3  # of the first three learning rates
+CONTENT = {
+    "video": ("motion", "novelty", "keyframe"),
+    "retrieval": ("motion", "novelty", "keyframe"),
+    "audio": ("flux", "energy", "speech", "onset"),
+}
+TIME = ("time1", "time2", "time3", "time4")
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wider": {"r": RANK + 1},
+    "time": {"gate": False, "shift": True, "signals": TIME},
+    "gate": {},
+    "convolution": {"gate": False, "kernel": 3},
+    "gate and convolution": {"kernel": 3},
+    "gate from the hidden state": {"gate": False, "hidden": True},
+    "gate, signals shuffled": {},
+    "shift": {"gate": False, "shift": True},
+}
+PLAIN = ("plain", "wider")
+SHUFFLED = "gate, signals shuffled"
+
+
+def build(task: benchmark.Task, arm: str) -> torch.nn.Module:
+    """The model of a task in NF4 with the adapters of an arm."""
+    settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", **ARMS[arm]}
+    if arm in PLAIN:
+        return get_peft_model(task.load(quant_type="nf4"), LoraConfig(**settings))
+    config = TemporalLoraConfig(**{"signals": CONTENT[task.model], **settings})
+    model = get_peft_model(task.load(quant_type="nf4"), config)
+    if arm == SHUFFLED:
+        keeper = timekeeper(model.get_base_model())
+        media = {name: shuffled(read) for name, read in keeper.family.media.items()}
+        keeper.family = replace(keeper.family, media=media)
+    return model
+
+
+def shuffled(read: Callable[..., Stream | None]) -> Callable[..., Stream | None]:
+    """A reader of media whose signals come in an order by chance, each clip's own steps among themselves."""
+
+    def read_shuffled(arguments: Any, names: Sequence[str]) -> Stream | None:
+        stream = read(arguments, names)
+        if stream is None:
+            return None
+        signals = stream.signals
+        padding = torch.zeros(signals.shape[:2], dtype=torch.bool) if stream.valid is None else ~stream.valid
+        place = padding.long().argsort(dim=1, stable=True)
+        order = torch.rand(signals.shape[:2]).masked_fill(padding, 2).argsort(dim=1)
+        place, order = (index[..., None].expand_as(signals) for index in (place, order))
+        return replace(stream, signals=signals.scatter(1, place, signals.gather(1, order)), _levels={})
+
+    return read_shuffled
+
+
+def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run of the grid."""
+    task = benchmark.task(config["task"])
+    train = task.train(seed)
+    torch.manual_seed(seed)
+    return fine_tune(
+        build(task, config["arm"]),
+        train,
+        task.judge(config.get("validation", False)),
+        collate=task.collate,
+        seed=seed,
+        steps=config.get("steps", task.steps),
+        batch_size=task.batch_size,
+        learning_rate=config["learning_rate"],
+        bf16=False,
+        progress=False,
+        experiment="temporal",
+        config=config,
+        data=train.fingerprint(),
+    )
+
+
+def tuned(tasks: Sequence[str], arms: Sequence[str]) -> list[tuple[dict[str, Any], float]]:
+    """What is tuned."""
+    return [({"task": task, "arm": arm, "validation": True}, MIDDLE) for task in tasks for arm in arms]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--task", action="append", help="only this task; may be given again")
+    parser.add_argument("--arm", action="append", help="only this arm; may be given again")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    arms = tuned(arguments.task or (*TIMING, *CONTROL), arguments.arm or list(ARMS))
+    path = RECORDS / "temporal_tuning.jsonl"
+    options = {"processes": arguments.processes, "timeout": 1800}
+    if arguments.tune:
+        tuning.tune("experiments.temporal:run", arms, path, score, **options)
+        return
+    runs, rates = [], tuning.tried(path, score)
+    for config, _ in arms:
+        if found := rates.get(tuning.arm(config)):
+            runs.append({"task": config["task"], "arm": config["arm"], "learning_rate": max(found, key=found.get)})
+    grid = run_grid(
+        "experiments.temporal:run",
+        [(config, seed) for seed in SEEDS for config in runs],
+        RECORDS / "temporal.jsonl",
+        **options,
+    )
+    for failure in grid.failures:
+        print(failure.config, failure.seed, failure.error[-500:], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
