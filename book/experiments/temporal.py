@@ -3,13 +3,14 @@
     cd book && python -m experiments.temporal --tune    # learning rates: first, as the rest reads them
     cd book && python -m experiments.temporal           # everything that is not in records/ yet
 
-All arms adapt the same Linears of the same model in NF4 with the same rank, but "wider", which has one rank more and
+Learning rates are chosen on the first task of each model and used on its others. All arms adapt the same Linears of the same model in NF4 with the same rank, but "wider", which has one rank more and
 with it more parameters than any gate adds. Each has its learning rate chosen by the same rule.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,8 +30,9 @@ from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 # Where it matters when something is, and where it does not.
-TIMING = ("retrieval/flashes", "video/flashes", "audio/flashes")
+TIMING = ("retrieval/flashes", "audio/timbre+flashes", "video/flashes")
 CONTROL = ("retrieval/palette",)
+TUNED = {"retrieval": "retrieval/flashes", "audio": "audio/timbre+flashes", "video": "video/flashes"}
 SEEDS = range(1, 7)
 RANK = 8
 MIDDLE = 3e-3  # of the first three learning rates
@@ -108,9 +110,13 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     )
 
 
-def tuned(tasks: Sequence[str], arms: Sequence[str]) -> list[tuple[dict[str, Any], float]]:
-    """What is tuned."""
-    return [({"task": task, "arm": arm, "validation": True}, MIDDLE) for task in tasks for arm in arms]
+def rates() -> dict[tuple[str, str], float]:
+    """The learning rate of each arm, by model."""
+    found = {}
+    for key, scores in tuning.tried(RECORDS / "temporal_tuning.jsonl", score).items():
+        config = json.loads(key)
+        found[config["task"].split("/")[0], config["arm"]] = max(scores, key=scores.get)
+    return found
 
 
 def main() -> None:
@@ -121,22 +127,22 @@ def main() -> None:
     parser.add_argument("--arm", action="append", help="only this arm; may be given again")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    arms = tuned(arguments.task or (*TIMING, *CONTROL), arguments.arm or list(ARMS))
-    path = RECORDS / "temporal_tuning.jsonl"
+    tasks, arms = arguments.task or (*TIMING, *CONTROL), arguments.arm or list(ARMS)
     options = {"processes": arguments.processes, "timeout": 1800}
     if arguments.tune:
-        tuning.tune("experiments.temporal:run", arms, path, score, **options)
+        models = dict.fromkeys(task.split("/")[0] for task in tasks)
+        cells = [({"task": TUNED[model], "arm": arm, "validation": True}, MIDDLE) for model in models for arm in arms]
+        tuning.tune("experiments.temporal:run", cells, RECORDS / "temporal_tuning.jsonl", score, **options)
         return
-    runs, rates = [], tuning.tried(path, score)
-    for config, _ in arms:
-        if found := rates.get(tuning.arm(config)):
-            runs.append({"task": config["task"], "arm": config["arm"], "learning_rate": max(found, key=found.get)})
-    grid = run_grid(
-        "experiments.temporal:run",
-        [(config, seed) for seed in SEEDS for config in runs],
-        RECORDS / "temporal.jsonl",
-        **options,
-    )
+    chosen = rates()
+    runs = [
+        ({"task": task, "arm": arm, "learning_rate": chosen[task.split("/")[0], arm]}, seed)
+        for task in tasks
+        for seed in SEEDS
+        for arm in arms
+        if (task.split("/")[0], arm) in chosen
+    ]
+    grid = run_grid("experiments.temporal:run", runs, RECORDS / "temporal.jsonl", **options)
     for failure in grid.failures:
         print(failure.config, failure.seed, failure.error[-500:], file=sys.stderr)
 

@@ -153,17 +153,12 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="only this task; may be given again")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    configs = [
-        {
-            "task": name,
-            "steps": steps,
-            "learning_rate": best_rate(main_of(name), "lora"),
-            "items": ITEMS,
-        }
-        for name in arguments.task or TASKS
-        for steps in (EARLY, benchmark.task(name).steps)
-    ]
-    runs = [(config, seed) for seed in SEEDS for config in configs]
+    runs = []
+    for end in (False, True):
+        for seed in SEEDS:
+            for name in arguments.task or TASKS:
+                steps, rate = benchmark.task(name).steps if end else EARLY, best_rate(main_of(name), "lora")
+                runs.append(({"task": name, "steps": steps, "learning_rate": rate, "items": ITEMS}, seed))
     grid = run_grid(
         "experiments.temporal_mechanism:run",
         runs,
