@@ -3,8 +3,9 @@
     cd book && python -m experiments.temporal --tune    # learning rates: first, as the rest reads them
     cd book && python -m experiments.temporal           # everything that is not in records/ yet
 
-Learning rates are chosen on the first task of each model and used on its others. All arms adapt the same Linears of the same model in NF4 with the same rank, but "wider", which has one rank more and
-with it more parameters than any gate adds. Each has its learning rate chosen by the same rule.
+All arms adapt the same Linears of the same model in NF4 with the same rank, but "wider", which has one rank more and
+with it more parameters than any gate adds. Each has its learning rate chosen by the same rule, on the first task of
+each model, and keeps it on the others. "Shuffled" arms get what they gate by from a step of the clip by chance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +27,7 @@ from experiments.baselines import score
 from mmqlora import benchmark
 from mmqlora.gates import TemporalLoraConfig, timekeeper
 from mmqlora.grids import run_grid
-from mmqlora.timeline import Stream
+from mmqlora.timeline import Placement, Stream
 from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -51,10 +53,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "gate and convolution": {"kernel": 3},
     "gate from the hidden state": {"gate": False, "hidden": True},
     "gate, signals shuffled": {},
+    "gate from the hidden state, shuffled": {"gate": False, "hidden": True},
+    "gate from both": {"hidden": True},
     "shift": {"gate": False, "shift": True},
 }
 PLAIN = ("plain", "wider")
-SHUFFLED = "gate, signals shuffled"
+MEAN = Placement.mean
 
 
 def build(task: benchmark.Task, arm: str) -> torch.nn.Module:
@@ -64,7 +68,7 @@ def build(task: benchmark.Task, arm: str) -> torch.nn.Module:
         return get_peft_model(task.load(quant_type="nf4"), LoraConfig(**settings))
     config = TemporalLoraConfig(**{"signals": CONTENT[task.model], **settings})
     model = get_peft_model(task.load(quant_type="nf4"), config)
-    if arm == SHUFFLED:
+    if arm == "gate, signals shuffled":
         keeper = timekeeper(model.get_base_model())
         media = {name: shuffled(read) for name, read in keeper.family.media.items()}
         keeper.family = replace(keeper.family, media=media)
@@ -88,26 +92,35 @@ def shuffled(read: Callable[..., Stream | None]) -> Callable[..., Stream | None]
     return read_shuffled
 
 
+def shuffled_mean(self: Placement, h: torch.Tensor) -> torch.Tensor:
+    """The mean over the rows of each step, of another step of the clip."""
+    counts = torch.tensor(self.level.counts)
+    item = torch.arange(len(counts)).repeat_interleave(counts)
+    return MEAN(self, h)[(item + torch.rand(len(item))).argsort()]
+
+
 def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run of the grid."""
     task = benchmark.task(config["task"])
     train = task.train(seed)
     torch.manual_seed(seed)
-    return fine_tune(
-        build(task, config["arm"]),
-        train,
-        task.judge(config.get("validation", False)),
-        collate=task.collate,
-        seed=seed,
-        steps=config.get("steps", task.steps),
-        batch_size=task.batch_size,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        progress=False,
-        experiment="temporal",
-        config=config,
-        data=train.fingerprint(),
-    )
+    mean = shuffled_mean if config["arm"] == "gate from the hidden state, shuffled" else MEAN
+    with patch.object(Placement, "mean", mean):
+        return fine_tune(
+            build(task, config["arm"]),
+            train,
+            task.judge(config.get("validation", False)),
+            collate=task.collate,
+            seed=seed,
+            steps=config.get("steps", task.steps),
+            batch_size=task.batch_size,
+            learning_rate=config["learning_rate"],
+            bf16=False,
+            progress=False,
+            experiment="temporal",
+            config=config,
+            data=train.fingerprint(),
+        )
 
 
 def rates() -> dict[tuple[str, str], float]:
