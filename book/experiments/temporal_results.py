@@ -45,6 +45,12 @@ class Results:
         row = 100 * table.loc[arm, ["difference", "low", "high"]].astype(float)
         return f"{row.difference:+.1f} points ({row.low:+.1f} to {row.high:+.1f})"
 
+    def full(self, task: str) -> float:
+        """Primary score of full fine-tuning in 16 bits, one seed."""
+        shifts = read_records(RECORDS / "shifts.jsonl")
+        found = [r for r in shifts if (r["config"]["task"], r["config"]["method"]) == (task, "full")]
+        return found[0]["metrics"][PRIMARY[task.split("/")[0]]]
+
     def table(self, task: str) -> pd.DataFrame:
         """Means over seeds, by arm."""
         names = {"score": PRIMARY[task.split("/")[0]], "plain measure": PLAIN[task.split("/")[0]]}

@@ -1,0 +1,73 @@
+"""What the book's experiments share, and the controls that their claims hang on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parents[1] / "book"))
+
+from experiments import baselines, temporal, tuning
+
+from mmqlora import benchmark
+from mmqlora.gates import timekeeper
+from mmqlora.timeline import Level, Placement, Stream
+
+
+@given(st.integers(-6, 6), st.sampled_from([1e-3, 3e-3, 1e-1]))
+def test_rates_are_tried_until_the_best_lies_between_two_others_or_five_were(peak, middle):
+    def score(rate):
+        return -abs(torch.tensor(rate / middle).log10().item() * 2 - peak)
+
+    scores: dict[float, float] = {}
+    while rates := tuning.wanted(scores, middle):
+        assert not set(rates) & set(scores)
+        scores |= {rate: score(rate) for rate in rates}
+    assert len(scores) == 3 + min(abs(peak), tuning.MOST - 3)
+    best = max(scores, key=scores.get)
+    if abs(peak) < 2:
+        assert min(scores) < best < max(scores)
+        assert best == tuning.rate_at(peak, middle)
+
+
+def test_every_baseline_was_tuned_by_the_rule():
+    scores = tuning.tried(baselines.RECORDS / "baselines_tuning.jsonl", baselines.score)
+    for config, middle in baselines.tuned_arms(baselines.MAIN, list(baselines.RATES)):
+        assert tuning.wanted(scores[tuning.arm(config)], middle) == []
+
+
+def test_shuffled_signals_stay_within_their_clip_and_leave_padding_alone():
+    valid = torch.arange(30) < torch.tensor([[30], [7], [1]])
+    signals = torch.arange(90.0).view(3, 30, 1) * valid[..., None]
+    stream = temporal.shuffled(lambda arguments, names: Stream(signals, valid))({}, ())
+    assert torch.equal(stream.signals.sort(1).values, signals.sort(1).values)
+    assert not stream.signals[~valid].any()
+    assert not torch.equal(stream.signals, signals)
+
+
+def test_a_shuffled_state_is_that_of_another_step_of_the_clip():
+    place = Placement(Level((20, 4), torch.zeros(25, 1)))
+    h = torch.arange(24.0)[:, None, None].expand(24, 3, 2)
+    plain, mixed = place.mean(h), temporal.shuffled_mean(place, h)
+    assert not torch.equal(mixed, plain)
+    for own in (slice(0, 20), slice(20, 24)):
+        assert torch.equal(mixed[own].sort(0).values, plain[own])
+
+
+@pytest.mark.parametrize("arm", temporal.ARMS)
+def test_each_arm_starts_at_the_base_and_shuffles_only_what_it_says(arm):
+    task = benchmark.TASKS["retrieval/flashes"]
+    model = temporal.build(task, arm)
+    batch = task.collate([task.train(1)[i] for i in range(2)])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, task.load(quant_type="nf4")(**batch).loss)
+    if arm not in temporal.PLAIN:
+        read = timekeeper(model.get_base_model()).family.media["video"]
+        wanted = ("motion", "novelty")
+        again = [read(batch, wanted).signals for _ in range(2)]
+        assert torch.equal(*again) == (arm != "gate, signals shuffled")
