@@ -1,6 +1,7 @@
 """What gates cost: time and memory of a training step beside PEFT's own QLoRA, in the chapter *Temporal adapters*.
 
     cd book && python -m experiments.temporal_cost
+    cd book && python -m experiments.temporal_cost --signals    # signals beside decoding
 
 One video-text model of 20 million parameters in NF4 with LoRA on all Linears, as PEFT has it and with gates. A round
 runs one step of each, in an order by chance; its ratios are what counts, as whatever else the machine does hits all of
@@ -10,6 +11,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +25,11 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from mmqlora.gates import TemporalLoraConfig
+from mmqlora.media import read_audio, read_video
 from mmqlora.memory import measure
 from mmqlora.quantization import quantize
-from mmqlora.records import append_record, make_record
+from mmqlora.records import append_record, fingerprint, make_record
+from mmqlora.signals import signals
 from mmqlora.training import _elements
 
 RECORDS = Path(__file__).parent.parent / "records" / "temporal_cost.jsonl"
@@ -125,15 +129,41 @@ def run(rounds: int = ROUNDS, progress: bool = True) -> list[dict[str, Any]]:
     return records
 
 
+def signals_beside_decoding(folder: Path, rounds: int = 7) -> list[dict[str, Any]]:
+    """Seconds to read real files, and to compute their signals: the best of a few rounds of each, in turns."""
+    files = [(path, read_video) for path in sorted((folder / "video").iterdir())]
+    files += [(path, read_audio) for path in sorted((folder / "speech" / "librivox").glob("*.flac"))[-1:]]
+    records = []
+    for path, read in tqdm(files):
+        taken: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            start = time.perf_counter()
+            media = read(path)
+            between = time.perf_counter()
+            signals(media)
+            taken[0].append(between - start)
+            taken[1].append(time.perf_counter() - between)
+        decoding, computing = map(min, taken)
+        metrics = {"decoding": decoding, "signals": computing, "ratio": computing / decoding}
+        what = "x".join(map(str, media.frames.shape[:3])) if read is read_video else f"{media.duration:.0f} s"
+        config = {"file": path.name, "size": what}
+        records.append(make_record("signals_cost", config, 0, data=fingerprint(path), measured={"metrics": metrics}))
+    return records
+
+
 def main() -> None:
     """Measure, and put the records in place of the old ones."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--signals", action="store_true")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    records = run()
-    RECORDS.unlink(missing_ok=True)
+    real = Path(os.environ.get("MMQLORA_REAL", "../../shared/real"))
+    records = signals_beside_decoding(real) if arguments.signals else run()
+    path = RECORDS.with_name("signals_cost.jsonl") if arguments.signals else RECORDS
+    path.unlink(missing_ok=True)
     for record in records:
-        append_record(RECORDS, record)
-        print(record["config"]["arm"], record["metrics"], record["peak_bytes"])
+        append_record(path, record)
+        print(record["config"], record["metrics"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.baselines import PRIMARY, RECORDS
 from experiments.baselines_results import PLAIN
-from experiments.temporal import ARMS, CONTROL, TIMING
+from experiments.temporal import ARMS, CONTROL, SEEDS, TIMING
 from experiments.temporal_mechanism import EARLY
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import as_table, read_records
@@ -26,6 +26,7 @@ class Results:
         self.records = read_records(RECORDS / "temporal.jsonl")
         self.mechanism = as_table(read_records(RECORDS / "temporal_mechanism.jsonl"))
         self.costs = as_table(read_records(RECORDS / "temporal_cost.jsonl"))
+        self.signals = as_table(read_records(RECORDS / "signals_cost.jsonl"))
         self.tasks = [t for t in (*TIMING, *CONTROL) if any(r["config"]["task"] == t for r in self.records)]
 
     def of(self, task: str, arm: str | None = None) -> list[dict]:
@@ -33,9 +34,11 @@ class Results:
         return [r for r in self.records if r["config"]["task"] == task and arm in (None, r["config"]["arm"])]
 
     def compare(self, task: str, baseline: str = "plain", measure: str | None = None) -> Comparison:
-        """Every arm against one of them, paired by seed and item."""
+        """Every arm that has all its seeds against one of them, paired by seed and item."""
         order = list(ARMS)
-        records = sorted(self.of(task), key=lambda r: order.index(r["config"]["arm"]))
+        whole = {arm for arm in ARMS if len(self.of(task, arm)) == len(SEEDS)}
+        records = [r for r in self.of(task) if r["config"]["arm"] in whole]
+        records.sort(key=lambda r: order.index(r["config"]["arm"]))
         metric = measure or PRIMARY[task.split("/")[0]]
         return compare(records, baseline, by="config.arm", metric=metric, margin=MARGIN)
 
@@ -56,7 +59,7 @@ class Results:
         names = {"score": PRIMARY[task.split("/")[0]], "plain measure": PLAIN[task.split("/")[0]]}
         rows = []
         for arm in ARMS:
-            if runs := self.of(task, arm):
+            if len(runs := self.of(task, arm)) == len(SEEDS):
                 means = {name: np.mean([r["metrics"][key] for r in runs]) for name, key in names.items()}
                 rate, trained = runs[0]["config"]["learning_rate"], runs[0]["parameters"]["trainable"]
                 rows.append({"arm": arm, **means, "parameters": trained, "learning rate": rate, "seeds": len(runs)})
