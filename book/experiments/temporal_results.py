@@ -33,18 +33,18 @@ class Results:
         """Records of a task, by arm."""
         return [r for r in self.records if r["config"]["task"] == task and arm in (None, r["config"]["arm"])]
 
-    def compare(self, task: str, baseline: str = "plain", measure: str | None = None) -> Comparison:
-        """Every arm that has all its seeds against one of them, paired by seed and item."""
+    def compare(self, task: str, measure: str | None = None) -> Comparison:
+        """Every arm that has all its seeds against plain QLoRA, paired by seed and item."""
         order = list(ARMS)
         whole = {arm for arm in ARMS if len(self.of(task, arm)) == len(SEEDS)}
         records = [r for r in self.of(task) if r["config"]["arm"] in whole]
         records.sort(key=lambda r: order.index(r["config"]["arm"]))
         metric = measure or PRIMARY[task.split("/")[0]]
-        return compare(records, baseline, by="config.arm", metric=metric, margin=MARGIN)
+        return compare(records, "plain", by="config.arm", metric=metric, margin=MARGIN)
 
-    def gain(self, task: str, arm: str = "gate", baseline: str = "plain", measure: str | None = None) -> str:
+    def gain(self, task: str, arm: str = "gate", measure: str | None = None) -> str:
         """A difference in points with its interval, in words."""
-        table = self.compare(task, baseline, measure).table.set_index("arm")
+        table = self.compare(task, measure).table.set_index("arm")
         row = 100 * table.loc[arm, ["difference", "low", "high"]].astype(float)
         return f"{row.difference:+.1f} points ({row.low:+.1f} to {row.high:+.1f})"
 
@@ -76,7 +76,7 @@ class Results:
     def plot_mechanism(self, training: str = "early") -> Figure:
         """Agreement of the two halves, by task and region; a dot a seed, a bar at the mean."""
         long = self.pulls()
-        long = long[(long["measure"] == "cosine") & (long["training"] == training) & (long["region"] != "text_only")]
+        long = long[(long["measure"] == "cosine") & (long["training"] == training)]
         models = list(dict.fromkeys(task.split("/")[0] for task in long["task"]))
         rows = {model: long[long["task"].str.startswith(model)] for model in models}
         places = {
