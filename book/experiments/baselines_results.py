@@ -28,9 +28,9 @@ class Results:
     """The records, and what follows from them."""
 
     def __init__(self) -> None:
-        self.records = read_records(RECORDS / "baselines.jsonl")
+        self.records = _whole_seeds(read_records(RECORDS / "baselines.jsonl"))
         self.memory = read_records(RECORDS / "baselines_memory.jsonl")
-        self.tasks = [task for task in MAIN if any(r["config"]["task"] == task for r in self.records)]
+        self.tasks = [task for task in MAIN if self.of(task, "lora")]
         self.rates = tried()
 
     def of(self, task: str, method: str | None = None, bits: int | None = None) -> list[dict]:
@@ -44,9 +44,8 @@ class Results:
         ]
 
     def seeds(self, task: str) -> int:
-        """Seeds that every arm of a task has."""
-        arms = [(r["config"]["method"], r["config"]["bits"]) for r in self.of(task) if r["config"]["method"] != "none"]
-        return int(pd.Series(arms).value_counts().min())
+        """Seeds of a task; every arm has them all."""
+        return len(self.of(task, "lora", 4))
 
     def start(self, task: str, bits: int = 16) -> float:
         """Primary score of the base model as it comes."""
@@ -108,7 +107,7 @@ class Results:
         return compare(records, "lora", by="config.method", metric=primary(task), margin=MARGIN)
 
     def four_bits(self, task: str) -> pd.DataFrame:
-        """Every method at 4 bits against itself at 16: one row each."""
+        """Every method at 4 bits against itself at 16: one row each, each a comparison of its own."""
         rows = []
         for method in RATES:
             runs = self.of(task, method)
@@ -116,6 +115,31 @@ class Results:
                 found = compare(runs, 16, by="config.bits", metric=primary(task), margin=MARGIN).table.iloc[0]
                 rows.append({"method": method, **found.drop("arm")})
         return pd.DataFrame(rows).set_index("method")
+
+    def cheapest(self, task: str, cost: str) -> pd.Series:
+        """The 4-bit method of the lowest cost among those whose mean score is within the margin of the best one's."""
+        table = self.table(task).query("bits == 4")
+        return table[table["score"] >= table["score"].max() - MARGIN].sort_values(cost).iloc[0]
+
+    def plot_four_bits(self) -> Figure:
+        """Score at 4 bits minus score at 16, a row a method, a panel a task, with intervals."""
+        found = {task: self.four_bits(task) for task in self.tasks}
+        heights = [len(table) for table in found.values()]
+        figure, panels = plt.subplots(
+            len(found), 1, figsize=(7.2, 1.5 + 0.27 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False
+        )
+        for axes, (task, table) in zip(panels[:, 0], found.items(), strict=True):
+            place = np.arange(len(table))
+            axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.93", zorder=0)
+            axes.axvline(0, color="0.4", lw=1)
+            colors = [COLORS[FAMILY[method]] for method in table.index]
+            axes.hlines(place, 100 * table["low"], 100 * table["high"], color=colors, lw=2)
+            axes.scatter(100 * table["difference"], place, color=colors, s=28, zorder=3)
+            axes.set_yticks(place, table.index)
+            axes.set(title=task, ylim=(len(table) - 0.5, -0.5))
+            axes.grid(visible=False, axis="y")
+        axes.set_xlabel("score at 4 bits minus score at 16 (points)")
+        return figure
 
     def plot(self) -> Figure:
         """Score against trainable parameters, one panel a task; filled at 4 bits, open at 16."""
@@ -136,6 +160,22 @@ class Results:
             panels[0, 0].scatter([], [], color=color, label=family)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
         return figure
+
+
+def _whole_seeds(records: list[dict]) -> list[dict]:
+    """The records of seeds in which no arm of a task is missing, so that every mean is over the same seeds."""
+    trained = pd.DataFrame(
+        [
+            (r["config"]["task"], r["seed"], r["config"]["method"], r["config"]["bits"])
+            for r in records
+            if r["config"]["method"] != "none"
+        ],
+        columns=["task", "seed", "method", "bits"],
+    )
+    arms = trained.groupby("task").apply(lambda own: len(own[["method", "bits"]].drop_duplicates()))
+    counts = trained.groupby(["task", "seed"]).size()
+    whole = {(task, seed) for (task, seed), count in counts.items() if count == arms[task]}
+    return [r for r in records if r["config"]["method"] == "none" or (r["config"]["task"], r["seed"]) in whole]
 
 
 def primary(task: str) -> str:

@@ -18,6 +18,7 @@ from .quantization import (  # isort: skip
     quantize,
 )
 from . import benchmark
+from .calibration import Calibration, calibrate
 from .comparisons import compare
 from .errors import (
     GateError,
@@ -26,6 +27,7 @@ from .errors import (
     MethodError,
     MMQLoRAError,
     QuantizationError,
+    RankError,
     RecordError,
     RegionError,
     SignalError,
@@ -38,6 +40,7 @@ from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, wr
 from .memory import Memory, measure
 from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
+from .ranks import Budget, Ranks, allocate_ranks
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
 from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
@@ -49,6 +52,8 @@ __all__ = [
     "METHODS",
     "SIGNALS",
     "Audio",
+    "Budget",
+    "Calibration",
     "ErrorRate",
     "GateError",
     "GridError",
@@ -59,6 +64,8 @@ __all__ = [
     "MethodError",
     "QuantizationError",
     "QuantizationReport",
+    "RankError",
+    "Ranks",
     "RecordError",
     "RegionError",
     "Regions",
@@ -70,9 +77,11 @@ __all__ = [
     "TrainingError",
     "Video",
     "adapt",
+    "allocate_ranks",
     "append_record",
     "audio_signals",
     "benchmark",
+    "calibrate",
     "character_error_rate",
     "close_cpu_traps",
     "compare",

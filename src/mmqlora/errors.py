@@ -58,3 +58,7 @@ class TimelineError(MMQLoRAError):
 
 class GateError(MMQLoRAError):
     """Gates that can't be made as asked, or something that adapters with open gates can't do."""
+
+
+class RankError(MMQLoRAError):
+    """A budget or a calibration that ranks can't be allocated by, or a pattern that matches no Linear."""

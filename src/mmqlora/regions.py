@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -146,9 +146,7 @@ class Regions(Mapping[str, str]):
             raise RegionError(
                 f"No module is {' or '.join(names) or 'asked for'}; this model has: {there or 'nothing'}."
             )
-        elsewhere = {_any_number(name) for name in (self.keys() - set(wanted)) | self._other_names}
-        choices = ((_any_number(name), re.escape(name)) for name in wanted)
-        return "|".join(dict.fromkeys(exact if general in elsewhere else general for general, exact in choices))
+        return exact_pattern(wanted, (self.keys() - set(wanted)) | self._other_names)
 
     def summary(self) -> pd.DataFrame:
         """Return the table by region.
@@ -226,6 +224,22 @@ def regions(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Reg
         raise RegionError(_unplaced(model, placed))
     rows = [_row(name, placed[name], linear) for name, linear in linears.items()]
     return Regions(rows, frozenset(name for name, _, _ in found if name not in linears))
+
+
+def exact_pattern(names: Iterable[str], others: Iterable[str]) -> str:
+    """Return a regular expression for `re.fullmatch` that matches all of some names and none of others.
+
+    Example:
+        >>> exact_pattern(["layers.0.fc", "layers.1.fc"], ["layers.0.norm", "head"])
+        'layers\\.\\d+\\.fc'
+
+    Args:
+        names: what it matches; layer numbers are written as ``\\d+`` where that matches no other name.
+        others: what it must not match.
+    """
+    elsewhere = {_any_number(name) for name in others}
+    choices = ((_any_number(name), re.escape(name)) for name in names)
+    return "|".join(dict.fromkeys(exact if general in elsewhere else general for general, exact in choices))
 
 
 def _walk(
