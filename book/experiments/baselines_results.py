@@ -17,7 +17,7 @@ MARGIN = 0.02  # of the primary score: within it two methods count as equal
 FAMILIES = {
     "whole weights": ["full", "head", "ln-tuning"],
     "low rank": ["lora", "rslora", "dora", "adalora", "eva", "pissa", "vera"],
-    "factors and rotations": ["ia3", "oft", "boft"],
+    "factors and rotations": ["ia3", "oft"],
     "new modules": ["adapter", "prefix", "prompt", "p-tuning"],
 }
 FAMILY = {method: family for family, members in FAMILIES.items() for method in members}
@@ -28,7 +28,8 @@ class Results:
     """The records, and what follows from them."""
 
     def __init__(self) -> None:
-        self.records = _whole_seeds(read_records(RECORDS / "baselines.jsonl"))
+        every = read_records(RECORDS / "baselines.jsonl")
+        self.records = _whole_seeds([r for r in every if r["config"]["method"] in {"none", *RATES}])
         self.memory = read_records(RECORDS / "baselines_memory.jsonl")
         self.tasks = [task for task in MAIN if self.of(task, "lora")]
         self.rates = tried()

@@ -365,7 +365,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> T
             f"the model returned no loss for a batch of {', '.join(batch)}; expected labels in it "
             "(return_loss=True for a dual encoder)."
         )
-    if not torch.isfinite(loss):
+    if not torch.isfinite(loss.detach()):
         raise RankError(f"the loss of a batch is {loss.item()}; expected a finite one. Look at its labels and inputs.")
     if not loss.requires_grad:
         raise RankError("no Linear that is calibrated has a part in the loss.")
