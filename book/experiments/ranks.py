@@ -1,0 +1,192 @@
+"""The experiment of the chapter *Ranks*: where the rank goes, crossed with where A starts, at three budgets.
+
+    cd book && python -m experiments.ranks --tune    # learning rates: first, as the rest reads them
+    cd book && python -m experiments.ranks           # everything that is not in records/ yet
+
+All arms adapt the 4-bit base of a task with LoRA and train the same number of parameters: as many as uniform ranks of
+`BUDGETS` have. Each arm has its learning rate chosen by the same rule for each model and budget, on the model's first
+task, and keeps it on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft import EvaConfig
+from torch import nn
+
+from experiments import tuning
+from experiments.baselines import score
+from mmqlora import benchmark, methods
+from mmqlora.calibration import Calibration, calibrate
+from mmqlora.grids import run_grid
+from mmqlora.ranks import Budget, Ranks, allocate_ranks
+from mmqlora.training import fine_tune
+
+RECORDS = Path(__file__).parent.parent / "records"
+# What a shift touches: vision or audio alone, text alone, both, nothing.
+TASKS = {
+    "video": ("video/palette", "video/words 0.5", "video/palette+words 0.5", "video/none"),
+    "audio": ("audio/timbre", "audio/words", "audio/timbre+words", "audio/none"),
+    "retrieval": ("retrieval/palette", "retrieval/words", "retrieval/none"),
+}
+SEEDS = range(1, 7)
+BUDGETS = (2, 4, 16)  # uniform ranks
+MIDDLE = 3e-3  # of the first three learning rates
+CALIBRATION = (4, 16)  # batches, items
+HIGHEST = 32  # rank of a Linear
+# Name -> (what ranks are worth, where A starts). AdaLoRA does both by itself.
+ARMS: dict[str, tuple[str, str]] = {
+    "uniform": ("uniform", "random"),
+    "uniform, spectral start": ("uniform", "spectral"),
+    "gradient": ("gradient", "random"),
+    "gradient, spectral start": ("gradient", "spectral"),
+    "whitened": ("whitened", "random"),
+    "whitened, spectral start": ("whitened", "spectral"),
+    "EVA": ("variance", "eva"),
+    "EVA's ranks": ("variance", "random"),
+    "EVA's start": ("uniform", "eva"),
+    "OLoRA's start": ("uniform", "olora"),
+    "PiSSA's start": ("uniform", "pissa"),
+    "AdaLoRA": ("adalora", "adalora"),
+    "rounding error": ("error", "random"),
+    "width": ("width", "random"),
+    "twice the connector": ("connector", "random"),
+    "random": ("random", "random"),
+    "reversed": ("reversed", "random"),
+    "vision alone": ("vision", "random"),
+    "audio alone": ("audio", "random"),
+    "fusion alone": ("fusion", "random"),
+    "text alone": ("text", "random"),
+}
+REGIONS = ("vision", "audio", "fusion", "text")
+
+
+def calibration(task: benchmark.Task, model: nn.Module, train: Any) -> tuple[Calibration, list[dict[str, Any]]]:
+    """Spectra of a base model on the first training items, and the batches they were found with."""
+    count, size = CALIBRATION
+    batches = [task.collate([train[i] for i in range(n, n + size)]) for n in range(0, count * size, size)]
+    return calibrate(model, batches, directions=HIGHEST, variances=True), batches
+
+
+def ranks_of(task: benchmark.Task, found: Calibration, allocation: str, budget: int, seed: int) -> Ranks:
+    """The ranks of an allocation, with as many parameters as uniform ranks of `budget`."""
+    fixed, method, most = None, allocation, HIGHEST
+    if allocation in REGIONS:
+        regions = {row.region for row in found.rows}
+        fixed, method, most = dict.fromkeys(regions - {allocation}, 0), "uniform", 512
+    total = budget * sum(sum(row.shape) for row in found.rows)
+    options = {"fixed": fixed, "fill": True, "max_rank": most, "seed": seed}
+    if allocation == "error":
+        # Of the weights before they were rounded.
+        return allocate_ranks(task.load(), (), Budget(parameters=total), method=method, **options)
+    return allocate_ranks(found, budget=Budget(parameters=total), method=method, **options)
+
+
+def build(config: dict[str, Any], task: benchmark.Task, train: Any, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The adapted model of an arm, and the share of its parameters in each region."""
+    allocation, start = ARMS[config["arm"]]
+    steps = config.get("steps", task.steps)
+    if allocation == "adalora":
+        model = methods.adapt(task.load(), "adalora", quant_type="nf4", rank=config["budget"], seed=seed, steps=steps)
+        return model, {}
+    model = task.load("nf4")
+    found, batches = calibration(task, model, train)
+    ranks = ranks_of(task, found, allocation, config["budget"], seed)
+    shares = {f"share {region}": float(share) for region, share in ranks.by_region()["share"].items()}
+    settings: dict[str, Any] = ranks.as_kwargs()
+    method = start if start in ("eva", "pissa") else "lora"
+    if start == "eva":
+        settings |= {"batches": batches, "eva_config": EvaConfig(rho=1.0)}  # its start, with ranks as they are
+    elif start == "olora":
+        settings["init_lora_weights"] = "olora"
+    elif start == "pissa":
+        model = task.load()  # which it splits before it rounds
+    quant_type = "nf4" if start == "pissa" else None
+    adapted = methods.adapt(model, method, quant_type=quant_type, rank=settings.pop("r"), seed=seed, **settings)
+    if start == "spectral":
+        found.start(adapted)
+    return adapted, shares
+
+
+def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run of the grid."""
+    task = benchmark.task(config["task"])
+    train = task.train(seed)
+    model, shares = build(config, task, train, seed)
+    judge = task.judge(config.get("validation", False))
+    return fine_tune(
+        model,
+        train,
+        lambda trained: {**judge(trained), **shares},
+        collate=task.collate,
+        seed=seed,
+        steps=config.get("steps", task.steps),
+        batch_size=task.batch_size,
+        learning_rate=config["learning_rate"],
+        bf16=False,
+        callbacks=methods.callbacks(model),
+        progress=False,
+        experiment="ranks",
+        config=config,
+        data=train.fingerprint(),
+    )
+
+
+def arms_of(model: str) -> list[str]:
+    """The arms that make sense for a model: it has the region."""
+    regions = {"video": REGIONS[:1], "audio": REGIONS[1:2], "retrieval": REGIONS[:1]}[model] + REGIONS[2:]
+    return [arm for arm, (allocation, _) in ARMS.items() if allocation not in REGIONS or allocation in regions]
+
+
+def rates() -> dict[tuple[str, str, int], float]:
+    """The learning rate of each arm, by model and budget."""
+    found = {}
+    for key, scores in tuning.tried(RECORDS / "ranks_tuning.jsonl", score).items():
+        config = json.loads(key)
+        found[config["task"].split("/")[0], config["arm"], config["budget"]] = max(scores, key=scores.get)
+    return found
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--task", action="append", help="only this task; may be given again")
+    parser.add_argument("--arm", action="append", help="only this arm; may be given again")
+    parser.add_argument("--budget", action="append", type=int, help="only this budget; may be given again")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    tasks = arguments.task or [task for own in TASKS.values() for task in own]
+    arms, budgets = arguments.arm or list(ARMS), arguments.budget or BUDGETS
+    options = {"processes": arguments.processes, "timeout": 1800}
+    cells = [
+        (task, arm, budget)
+        for budget in budgets
+        for task in tasks
+        for arm in arms
+        if arm in arms_of(task.split("/")[0])
+    ]
+    if arguments.tune:
+        first = [cell for cell in cells if cell[0] == TASKS[cell[0].split("/")[0]][0]]
+        configs = [({"task": t, "arm": a, "budget": b, "validation": True}, MIDDLE) for t, a, b in first]
+        tuning.tune("experiments.ranks:run", configs, RECORDS / "ranks_tuning.jsonl", score, **options)
+        return
+    rate = rates()
+    known = [cell for cell in cells if (cell[0].split("/")[0], *cell[1:]) in rate]
+    runs = [
+        ({"task": t, "arm": a, "budget": b, "learning_rate": rate[t.split("/")[0], a, b]}, seed)
+        for seed in SEEDS
+        for t, a, b in known
+    ]
+    grid = run_grid("experiments.ranks:run", runs, RECORDS / "ranks.jsonl", **options)
+    for failure in grid.failures:
+        print(failure.config, failure.seed, failure.error[-500:], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
