@@ -45,6 +45,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "uniform, spectral start": ("uniform", "spectral"),
     "gradient": ("gradient", "random"),
     "gradient, spectral start": ("gradient", "spectral"),
+    "Adam's step": ("adam", "random"),
+    "Adam's step, spectral start": ("adam", "spectral"),
     "whitened": ("whitened", "random"),
     "whitened, spectral start": ("whitened", "spectral"),
     "EVA": ("variance", "eva"),

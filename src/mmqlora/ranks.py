@@ -364,6 +364,12 @@ def _by_gradient(source: _Source) -> dict[str, np.ndarray]:
     return {name: s.energies / 2 for name, s in source.calibration.spectra.items()}
 
 
+def _by_adam(source: _Source) -> dict[str, np.ndarray]:
+    """To first order: Adam moves every entry of b_j alike, so that the loss falls by |G a_j|_1 ~ s_j sqrt(d_out)."""
+    rows = {row.name: row for row in source.rows}
+    return {n: np.sqrt(s.energies * rows[n].shape[0]) for n, s in source.calibration.spectra.items()}
+
+
 def _by_whitened(source: _Source) -> dict[str, np.ndarray]:
     return {name: s.whitened / 2 for name, s in source.calibration.spectra.items()}
 
@@ -411,6 +417,7 @@ def _by_reversed(source: _Source) -> dict[str, np.ndarray]:
 
 GAINS: Mapping[str, Callable[[_Source], dict[str, np.ndarray]]] = {
     "gradient": _by_gradient,
+    "adam": _by_adam,
     "whitened": _by_whitened,
     "variance": _by_variance,
     "error": _by_error,
@@ -420,14 +427,15 @@ GAINS: Mapping[str, Callable[[_Source], dict[str, np.ndarray]]] = {
     "random": _by_random,
     "reversed": _by_reversed,
 }
-"""What a rank is worth, by name. ``gradient``: ours. ``whitened``: the same, each input feature in units of its own
-size. ``variance``: the share of the inputs' variance along a direction, whatever a rank costs (EVA, arXiv 2410.07170).
-``error``: energy of the rounding error of NF4. ``uniform``: one rank for all; ``width``: in proportion to the sum of a
-Linear's two sides; ``connector``: twice as much for fusion. ``random`` and ``reversed``: checks that it matters.
+"""What a rank is worth, by name. ``gradient``: ours. ``adam``: what a first step of Adam along it lowers the loss by.
+``whitened``: as ``gradient``, with each input feature in units of its own size. ``variance``: the share of the inputs'
+variance along a direction, whatever a rank costs (EVA, arXiv 2410.07170). ``error``: energy of the rounding error of NF4.
+``uniform``: one rank for all; ``width``: in proportion to the sum of a Linear's two sides; ``connector``: twice as much for
+fusion. ``random`` and ``reversed``: checks that it matters.
 
 :meta hide-value:
 """
-CALIBRATED = {"gradient", "whitened", "variance", "reversed"}
+CALIBRATED = {"gradient", "adam", "whitened", "variance", "reversed"}
 
 
 # Spending a budget
