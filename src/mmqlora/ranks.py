@@ -428,10 +428,10 @@ GAINS: Mapping[str, Callable[[_Source], dict[str, np.ndarray]]] = {
     "reversed": _by_reversed,
 }
 """What a rank is worth, by name. ``gradient``: ours. ``adam``: what a first step of Adam along it lowers the loss by.
-``whitened``: as ``gradient``, with each input feature in units of its own size. ``variance``: the share of the inputs'
-variance along a direction, whatever a rank costs (EVA, arXiv 2410.07170). ``error``: energy of the rounding error of NF4.
-``uniform``: one rank for all; ``width``: in proportion to the sum of a Linear's two sides; ``connector``: twice as much for
-fusion. ``random`` and ``reversed``: checks that it matters.
+``whitened``: as ``gradient``, with each input feature in units of its own size. ``variance``: the share of the
+inputs' variance along a direction, whatever a rank costs (EVA, arXiv 2410.07170). ``error``: energy of the rounding
+error of NF4. ``uniform``: one rank for all; ``width``: in proportion to the sum of a Linear's two sides;
+``connector``: twice as much for fusion. ``random`` and ``reversed``: checks that it matters.
 
 :meta hide-value:
 """
