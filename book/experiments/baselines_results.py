@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 from experiments.baselines import MAIN, PRIMARY, RATES, RECORDS, tried
 from mmqlora import plots
 from mmqlora.comparisons import Comparison, compare
+from mmqlora.methods import METHODS
 from mmqlora.records import read_records
 
 PLAIN = {"video": "exact_match", "audio": "exact_match", "retrieval": "recall_at_1"}
@@ -31,6 +34,7 @@ class Results:
         every = read_records(RECORDS / "baselines.jsonl")
         self.records = _whole_seeds([r for r in every if r["config"]["method"] in {"none", *RATES}])
         self.memory = read_records(RECORDS / "baselines_memory.jsonl")
+        self.costs = read_records(RECORDS / "baselines_cost.jsonl")
         self.tasks = [task for task in MAIN if self.of(task, "lora")]
         self.rates = tried()
 
@@ -45,7 +49,7 @@ class Results:
         ]
 
     def seeds(self, task: str) -> int:
-        """Seeds of a task; every arm has them all."""
+        """Number of seeds of a task; every arm has them all."""
         return len(self.of(task, "lora", 4))
 
     def start(self, task: str, bits: int = 16) -> float:
@@ -56,13 +60,15 @@ class Results:
         """One row a method and bits: scores, share of the gap closed, parameters, time, memory."""
         score, plain = primary(task), PLAIN[task.split("/")[0]]
         full = np.mean([r["metrics"][score] for r in self.of(task, "full")])
-        # Paired by seed: what else the machine did hits a pair more alike.
-        seconds = {r["seed"]: r["cpu_s"] for r in self.of(task, "lora", 16)}
-        peaks = {
-            (r["config"]["method"], r["config"]["bits"]): r["peak_bytes"] - r["start_bytes"]
-            for r in self.memory
+        times = {
+            (r["config"]["method"], r["config"]["bits"]): r["metrics"]["ratio"]
+            for r in self.costs
             if r["config"]["task"] == task
         }
+        own = [r for r in self.memory if r["config"]["task"] == task]
+        # One start for all: EVA's own leaves memory behind that its training then uses.
+        least = min(r["start_bytes"] for r in own)
+        peaks = {(r["config"]["method"], r["config"]["bits"]): r["peak_bytes"] - least for r in own}
         rows = []
         for method in RATES:
             for bits in (16, 4):
@@ -78,7 +84,7 @@ class Results:
                         "plain": np.mean([r["metrics"][plain] for r in runs]),
                         "recovered": (scores.mean() - self.start(task)) / (full - self.start(task)),
                         "parameters": runs[0]["parameters"]["trainable"],
-                        "time": np.median([r["cpu_s"] / seconds[r["seed"]] for r in runs if r["seed"] in seconds]),
+                        "time": times[method, bits],
                         "peak": peaks.get((method, bits), np.nan) / 1e6,
                     }
                 )
@@ -106,6 +112,17 @@ class Results:
         if bits == 4:  # full fine-tuning has no 4 bits, and is what all of them are measured by
             records += self.of(task, "full")
         return compare(records, "lora", by="config.method", metric=primary(task), margin=MARGIN)
+
+    def plot_against_lora(self) -> Figure:
+        """Differences from LoRA, one panel a task."""
+        found = [self.against_lora(task) for task in self.tasks]
+        heights = [len(comparison.table) for comparison in found]
+        figure, panels = plt.subplots(
+            len(found), 1, figsize=(7.2, 0.8 + 0.37 * sum(heights)), height_ratios=heights, squeeze=False
+        )
+        for axes, comparison, task in zip(panels[:, 0], found, self.tasks, strict=True):
+            comparison.plot(axes).set_title(task)
+        return figure
 
     def four_bits(self, task: str) -> pd.DataFrame:
         """Every method at 4 bits against itself at 16: one row each, each a comparison of its own."""
@@ -165,17 +182,11 @@ class Results:
 
 def _whole_seeds(records: list[dict]) -> list[dict]:
     """The records of seeds in which no arm of a task is missing, so that every mean is over the same seeds."""
-    trained = pd.DataFrame(
-        [
-            (r["config"]["task"], r["seed"], r["config"]["method"], r["config"]["bits"])
-            for r in records
-            if r["config"]["method"] != "none"
-        ],
-        columns=["task", "seed", "method", "bits"],
-    )
-    arms = trained.groupby("task").apply(lambda own: len(own[["method", "bits"]].drop_duplicates()))
-    counts = trained.groupby(["task", "seed"]).size()
-    whole = {(task, seed) for (task, seed), count in counts.items() if count == arms[task]}
+    arms = Counter()
+    for task, method in tried():
+        arms[task] += (1 + METHODS[method].nf4) * (method in RATES)
+    found = Counter((r["config"]["task"], r["seed"]) for r in records if r["config"]["method"] != "none")
+    whole = {(task, seed) for (task, seed), count in found.items() if count == arms[task]}
     return [r for r in records if r["config"]["method"] == "none" or (r["config"]["task"], r["seed"]) in whole]
 
 

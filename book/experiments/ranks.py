@@ -37,7 +37,7 @@ TASKS = {
 SEEDS = range(1, 7)
 BUDGETS = (2, 4, 16)  # uniform ranks
 MIDDLE = 3e-3  # of the first three learning rates
-CALIBRATION = (4, 16)  # batches, items
+BATCHES, ITEMS = 4, 16  # of the calibration; items of a batch
 HIGHEST = 32  # rank of a Linear
 # Name -> (what ranks are worth, where A starts). AdaLoRA does both by itself.
 ARMS: dict[str, tuple[str, str]] = {
@@ -68,11 +68,13 @@ ARMS: dict[str, tuple[str, str]] = {
 REGIONS = ("vision", "audio", "fusion", "text")
 
 
-def calibration(task: benchmark.Task, model: nn.Module, train: Any) -> tuple[Calibration, list[dict[str, Any]]]:
+def calibration(
+    task: benchmark.Task, model: nn.Module, train: Any, batches: int = BATCHES
+) -> tuple[Calibration, list[dict[str, Any]]]:
     """Spectra of a base model on the first training items, and the batches they were found with."""
-    count, size = CALIBRATION
-    batches = [task.collate([train[i] for i in range(n, n + size)]) for n in range(0, count * size, size)]
-    return calibrate(model, batches, directions=HIGHEST, variances=True), batches
+    stop = batches * ITEMS
+    given = [task.collate([train[i] for i in range(n, n + ITEMS)]) for n in range(0, stop, ITEMS)]
+    return calibrate(model, given, directions=HIGHEST, variances=True), given
 
 
 def ranks_of(task: benchmark.Task, found: Calibration, allocation: str, budget: int, seed: int) -> Ranks:
