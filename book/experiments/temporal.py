@@ -46,7 +46,7 @@ CONTENT = {
 TIME = ("time1", "time2", "time3", "time4")
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "wider": {"r": RANK + 1},
+    "wider": {},  # one rank more
     "time": {"gate": False, "shift": True, "signals": TIME},
     "gate": {},
     "convolution": {"gate": False, "kernel": 3},
@@ -61,18 +61,29 @@ PLAIN = ("plain", "wider")
 MEAN = Placement.mean
 
 
-def build(task: benchmark.Task, arm: str) -> torch.nn.Module:
-    """The model of a task in NF4 with the adapters of an arm."""
-    settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", **ARMS[arm]}
+def adapt(model: torch.nn.Module, arm: str, content: Sequence[str], **settings: Any) -> torch.nn.Module:
+    """The adapters of an arm on a model in NF4; `content` are the signals that it gates by."""
+    settings |= {"r": settings["r"] + 1} if arm == "wider" else ARMS[arm]
     if arm in PLAIN:
-        return get_peft_model(task.load(quant_type="nf4"), LoraConfig(**settings))
-    config = TemporalLoraConfig(**{"signals": CONTENT[task.model], **settings})
-    model = get_peft_model(task.load(quant_type="nf4"), config)
+        return get_peft_model(model, LoraConfig(**settings))
+    model = get_peft_model(model, TemporalLoraConfig(**{"signals": content, **settings}))
     if arm == "gate, signals shuffled":
         keeper = timekeeper(model.get_base_model())
         media = {name: shuffled(read) for name, read in keeper.family.media.items()}
         keeper.family = replace(keeper.family, media=media)
     return model
+
+
+def build(task: benchmark.Task, arm: str) -> torch.nn.Module:
+    """The model of a task with the adapters of an arm."""
+    settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+    return adapt(task.load(quant_type="nf4"), arm, CONTENT[task.model], **settings)
+
+
+def mean_of(arm: str) -> Any:
+    """What an arm does to the means of steps, as a context."""
+    own = shuffled_mean if arm == "gate from the hidden state, shuffled" else MEAN
+    return patch.object(Placement, "mean", own)
 
 
 def shuffled(read: Callable[..., Stream | None]) -> Callable[..., Stream | None]:
@@ -104,8 +115,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     task = benchmark.task(config["task"])
     train = task.train(seed)
     torch.manual_seed(seed)
-    mean = shuffled_mean if config["arm"] == "gate from the hidden state, shuffled" else MEAN
-    with patch.object(Placement, "mean", mean):
+    with mean_of(config["arm"]):
         return fine_tune(
             build(task, config["arm"]),
             train,
