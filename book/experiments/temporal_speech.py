@@ -3,8 +3,8 @@
     cd book && python -m experiments.temporal_speech --tune
     cd book && python -m experiments.temporal_speech
 
-The arms of `temporal` on the model, the data and the steps of `first_qlora_run`. Sentences are judged one by one, in
-a window of six seconds, in which they are also trained, by the share of their words that are right (1 - word error rate, 0 at least).
+The arms of `temporal` on the model, the data and the steps of `first_qlora_run`. Sentences are judged one by one, by
+the share of their words that are right (1 - word error rate, 0 at least), in the window of six seconds of training.
 """
 
 from __future__ import annotations

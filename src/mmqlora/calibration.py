@@ -229,7 +229,8 @@ class _Sketches:
 
     def __init__(self, width: int, seed: int, device: torch.device) -> None:
         self.width = width
-        self._seed, self._device = seed, device
+        self.device = device
+        self._seed = seed
         self._made: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, size: int, width: int) -> Tensor:
@@ -237,7 +238,7 @@ class _Sketches:
             # From a seed of its own, so that it does not depend on which Linear came first, or on the device.
             generator = torch.Generator().manual_seed(hash((self._seed, size, width)) % 2**63)
             made = torch.randn(size, width, generator=generator) / math.sqrt(width)
-            self._made[size, width] = made.to(self._device)
+            self._made[size, width] = made.to(self.device)
         return self._made[size, width]
 
 
@@ -265,9 +266,8 @@ class _Sum:
             self._plus("left", (grad @ self._sketches(self._outputs, 2 * k)).T @ x)
         self._plus("inputs", x.square().sum(0))
         if self.variances:
-            self._plus(
-                "moment", x.T @ (x if self._inner == self._inputs else x @ self._sketches(x.shape[1], self._inner))
-            )
+            exact = self._inner == self._inputs
+            self._plus("moment", x.T @ (x if exact else x @ self._sketches(self._inputs, self._inner)))
 
     def _plus(self, name: str, value: Tensor) -> None:
         if name in self.parts:
@@ -276,24 +276,33 @@ class _Sum:
             self.parts[name] = value
 
     def gather(self) -> None:
-        """Add up over processes."""
-        self.parts = {name: _everywhere(value) for name, value in self.parts.items()}
-        if self.parts:
-            self.rows = int(_everywhere(torch.tensor([self.rows], device=self.parts["inputs"].device)).item())
-
-    def factors(self, total: float) -> tuple[Tensor, Tensor, Tensor]:
-        """U, S and V^T of the gradient; of a sketched one, as good as the sketch."""
+        """Add up over processes. One whose batches did not reach this Linear adds zeros, lest the others wait."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        k, device = self._sketches.width, self._sketches.device
+        shapes = {"right": (self._outputs, k), "left": (2 * k, self._inputs), "inputs": (self._inputs,)}
         if self.exact:
-            return torch.linalg.svd(self.parts["gradient"].double() / total, full_matrices=False)
+            shapes = {"gradient": (self._outputs, self._inputs), "inputs": (self._inputs,)}
+        if self.variances:
+            shapes["moment"] = (self._inputs, self._inner)
+        self.rows = int(_everywhere(torch.tensor([self.rows], device=device)).item())
+        found = {name: self.parts.get(name, torch.zeros(shape, device=device)) for name, shape in shapes.items()}
+        self.parts = {name: _everywhere(value) for name, value in found.items()} if self.rows else {}
+
+    def factors(self, total: float) -> tuple[Tensor, Tensor]:
+        """Singular values and right singular vectors of the gradient; of a sketched one, as good as the sketch."""
+        if self.exact:
+            _, values, right = torch.linalg.svd(self.parts["gradient"].double() / total, full_matrices=False)
+            return values, right
         psi = self._sketches(self._outputs, 2 * self._sketches.width).double()
         basis, _ = torch.linalg.qr(self.parts["right"].double())
         inner = torch.linalg.lstsq(psi.T @ basis, self.parts["left"].double() / total).solution
-        left, values, right = torch.linalg.svd(inner, full_matrices=False)
-        return basis @ left, values, right
+        _, values, right = torch.linalg.svd(inner, full_matrices=False)  # the basis turns the left vectors only
+        return values, right
 
     def spectrum(self, directions: int, total: float) -> Spectrum:
         """Singular values and right directions, and what else was asked for."""
-        _, values, right = self.factors(total)
+        values, right = self.factors(total)
         mean_square = self.parts["inputs"].double() / max(1, self.rows)
         # Damped: a feature that never moves would be worth anything.
         scale = (mean_square + 0.01 * mean_square.mean().clamp(min=1e-30)).sqrt()
