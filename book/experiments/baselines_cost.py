@@ -22,7 +22,7 @@ from mmqlora import benchmark, methods
 from mmqlora.records import append_record, make_record
 
 RECORDS = Path(__file__).parent.parent / "records" / "baselines_cost.jsonl"
-ROUNDS = 12
+ROUNDS = 9
 
 
 def build(task: benchmark.Task, method: str, bits: int, batches: list[dict[str, Any]]) -> torch.nn.Module:
@@ -35,7 +35,8 @@ def run(name: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """A record for each arm of a task."""
     task = benchmark.task(name)
     train = task.train(seed=0)
-    batches = [task.collate([train[i] for i in range(n, n + task.batch_size)]) for n in range(0, 64, task.batch_size)]
+    size = task.batch_size
+    batches = [task.collate([train[i] for i in range(n, n + size)]) for n in range(0, 4 * size, size)]
     models = {arm: build(task, *arm, batches) for arm in arms(name)}
     optimizers = {
         arm: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
@@ -65,11 +66,11 @@ def run(name: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, and put the records in place of the old ones."""
     torch.set_num_threads(1)
-    records = [record for name in MAIN for record in run(name)]
     RECORDS.unlink(missing_ok=True)
-    for record in records:
-        append_record(RECORDS, record)
-        print(record["config"], record["metrics"])
+    for name in MAIN:
+        for record in run(name):
+            append_record(RECORDS, record)
+            print(record["config"], record["metrics"])
 
 
 if __name__ == "__main__":
