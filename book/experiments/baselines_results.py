@@ -171,6 +171,7 @@ class Results:
             front = pareto(table[table["bits"] == 4], "score")
             axes.step(front["parameters"], front["score"], where="post", color="0.6", lw=1.5, zorder=1)
             axes.axhline(self.start(task), color=plots.ARM_COLORS["zero-shot"], ls="--", lw=1)
+            axes.margins(x=0.09)  # room for the rightmost name
             axes.set(xscale="log", title=task, ylabel=primary(task).replace("_", " "), ylim=(None, 1.02))
             _label(axes, table.sort_values("score").groupby("method").last())
         panels[-1, 0].set_xlabel("trainable parameters")
