@@ -74,7 +74,7 @@ GOLDEN = {
     ("sounds",): "87a25223a566",
     ("sounds", "timbre"): "fb6c7c72011f",
     ("sounds", "hiss"): "b033b2be16cf",
-    ("sounds", "reverb"): "7a0f4468d3f9",
+    ("sounds", "reverb"): "b1fb42b72f87",
     ("sounds", "words"): "068409214496",
     ("sounds", "syntax"): "aa6e836e8c59",
     ("sounds", "reversed"): "6b4346b4203c",
@@ -83,7 +83,7 @@ GOLDEN = {
     ("sounds", "flashes"): "a4ed3746d77b",
     ("both",): "7ba21c25668b",
     ("both", "palette", "hiss"): "558bcbb73e69",
-    ("both", "reverb", "longer"): "a67427f922f4",
+    ("both", "reverb", "longer"): "0bd67b40e74b",
     ("both", *SHIFTS): "6e54c9d93e4d",
 }
 

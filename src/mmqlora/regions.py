@@ -230,8 +230,8 @@ def exact_pattern(names: Iterable[str], others: Iterable[str]) -> str:
     """Return a regular expression for `re.fullmatch` that matches all of some names and none of others.
 
     Example:
-        >>> exact_pattern(["layers.0.fc", "layers.1.fc"], ["layers.0.norm", "head"])
-        'layers\\.\\d+\\.fc'
+        >>> print(exact_pattern(["layers.0.fc", "layers.1.fc"], ["layers.0.norm", "head"]))
+        layers\\.\\d+\\.fc
 
     Args:
         names: what it matches; layer numbers are written as ``\\d+`` where that matches no other name.

@@ -122,6 +122,8 @@ def play(
         width = len(samples) + length
         echo = np.fft.irfft(np.fft.rfft(samples, width) * np.fft.rfft(tail, width), width)[: len(samples)]
         samples += echo
+        # Silence: what the transform leaves there has the sign that a processor gives it, and -0.0 is other bytes.
+        samples[np.abs(samples) < 1e-9] = 0.0
     if hiss:
         samples += sound.normal(0, 0.02 * hiss, size=len(samples))
     return (np.rint(samples.clip(-0.999, 0.999) * 32767) / 32768).astype(np.float32)
