@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -31,6 +32,8 @@ class Results:
     """The records, and what follows from them."""
 
     def __init__(self) -> None:
+        # What `compare` notes about single seeds stands on the page; in the cell of a figure it would be an output.
+        logging.getLogger("mmqlora").setLevel(logging.ERROR)
         every = read_records(RECORDS / "baselines.jsonl")
         self.records = _whole_seeds([r for r in every if r["config"]["method"] in {"none", *RATES}])
         self.memory = read_records(RECORDS / "baselines_memory.jsonl")
