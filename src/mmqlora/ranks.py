@@ -1,4 +1,4 @@
-"""Where the rank goes: a budget is spent where the loss falls fastest.
+"""Where the rank goes: a budget is spent where the loss falls fastest::
 
     ranks = mm.allocate_ranks(model, batches, mm.Budget(parameters=100_000))
     model = get_peft_model(model, LoraConfig(**ranks.as_kwargs()))
@@ -415,7 +415,7 @@ def _by_reversed(source: _Source) -> dict[str, np.ndarray]:
     return {name: costs[name] * each[other] for name, other in zip(order, order[::-1], strict=True)}
 
 
-GAINS: Mapping[str, Callable[[_Source], dict[str, np.ndarray]]] = {
+GAINS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "gradient": _by_gradient,
     "adam": _by_adam,
     "whitened": _by_whitened,
