@@ -31,7 +31,7 @@ def calibration(energies: list[list[float]], shapes: list[tuple[int, int]], **mo
         for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
     )
     spectra = {
-        name: Spectrum(np.array(e), torch.zeros(len(e), shape[1]), torch.ones(shape[1]), np.array(e), np.array(e), 1)
+        name: Spectrum(np.array(e), torch.zeros(len(e), shape[1]), np.array(e), np.array(e), 1)
         for name, e, shape in zip(names, energies, shapes, strict=True)
     }
     return Calibration(rows, spectra, loss=1.0, **more)

@@ -47,7 +47,6 @@ class Spectrum:
     Attributes:
         energies: (k,) float64, squared singular values of the gradient, falling.
         directions: (k, d_in) float32, its right singular vectors.
-        inputs: (d_in,) float32, mean square of each input feature.
         variances: (k,) float64, eigenvalues of the inputs' second moment; empty unless asked for.
         whitened: (k,) float64, squared singular values of the gradient with each input feature in units of its size.
         rows: input rows that were seen.
@@ -55,7 +54,6 @@ class Spectrum:
 
     energies: np.ndarray
     directions: Tensor
-    inputs: Tensor
     variances: np.ndarray
     whitened: np.ndarray
     rows: int
@@ -310,7 +308,6 @@ class _Sum:
         return Spectrum(
             energies=values[:directions].square().cpu().numpy(),
             directions=right[:directions].float().cpu(),
-            inputs=mean_square.float().cpu(),
             variances=self._variances(directions),
             whitened=whitened[:directions].square().cpu().numpy(),
             rows=self.rows,
