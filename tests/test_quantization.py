@@ -598,3 +598,12 @@ def test_every_architecture_quantizes_in_place_and_on_loading(name, tmp_path):
     done = [layer for layer in report.layers if not layer.why]
     assert done and max(layer.error for layer in done) < 0.13
     assert all(layer.region in q.REGIONS for layer in report.layers)
+
+
+def test_bf16_is_preferred_where_the_processor_multiplies_it_or_the_weights_have_it(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    for capabilities, there in (({"avx2": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert q.multiplies_bf16("cpu") is there
+        assert q.prefers_bf16(model) is (there or torch.cuda.is_available())
+        assert q.prefers_bf16(torch.nn.Linear(2, 2, dtype=torch.bfloat16))

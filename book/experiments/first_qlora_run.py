@@ -137,7 +137,7 @@ def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[floa
         items: list[list[Any]] = []
         for (name, window), indices in kept.items():
             with short_window(model, window):
-                texts = transcribe(model, processor, examples[name, window], progress=False)
+                texts = transcribe(model, processor, examples[name, window], bf16=True, progress=False)
             rows = [sets[name].rows[i] for i in indices]
             errors = word_error_rate([row["text"] for row in rows], texts, normalize)
             scored = [
@@ -196,6 +196,7 @@ def run(config: dict[str, Any], seed: int, folder: Path, tuning: bool = False, p
             steps=config["steps"],
             batch_size=config["batch_size"],
             learning_rate=config["learning_rate"],
+            bf16=True,
             experiment=NAME,
             config=config,
             data=data,
@@ -255,6 +256,7 @@ def memory_of(arm: str, turn: int, folder: Path, steps: int = 4) -> None:
             steps=steps,
             batch_size=BATCH,
             learning_rate=config["learning_rate"],
+            bf16=True,
             experiment=f"{NAME}_memory",
             config=config,
             data=train.fingerprint(),

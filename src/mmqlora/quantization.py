@@ -359,6 +359,35 @@ def close_cpu_traps(model: nn.Module) -> dict[str, str]:
     return restored
 
 
+def multiplies_bf16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; where it does not, bfloat16 can be tens of times slower.
+
+    Example:
+        >>> dtype = torch.bfloat16 if multiplies_bf16("cpu") else torch.float32
+
+    Args:
+        device: the CPU, or a CUDA device.
+
+    Returns:
+        True on NVIDIA GPUs from Ampere on and on CPUs with AVX512-BF16, AMX or Arm's BF16 extension.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def prefers_bf16(model: nn.Module) -> bool:
+    """Whether to run a model under bfloat16 autocast: it has such weights, or the device multiplies them in hardware.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16, enabled=prefers_bf16(model)):  # doctest: +SKIP
+        ...     model(**batch)
+    """
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    cuda = torch.cuda.is_available()  # also where the model is still on the CPU: training moves it
+    return any(w.dtype == torch.bfloat16 for w in weights) or multiplies_bf16("cuda" if cuda else "cpu")
+
+
 def _find(name: str) -> tuple[str, list[str]]:
     """Where to load from, and the places that were searched."""
     if Path(name).is_dir():
@@ -417,7 +446,7 @@ def _device(device_map: Any) -> torch.device:
 def _default_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float16
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

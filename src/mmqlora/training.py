@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .errors import TrainingError
 from .memory import measure
-from .quantization import close_cpu_traps
+from .quantization import close_cpu_traps, prefers_bf16
 from .records import make_record
 
 logger = logging.getLogger("mmqlora")
@@ -41,7 +41,7 @@ def fine_tune(
     learning_rate: float = 1e-3,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
-    bf16: bool = True,
+    bf16: bool | None = None,
     gradient_checkpointing: bool = False,
     optimizer: str | None = None,
     workers: int = 0,
@@ -74,7 +74,8 @@ def fine_tune(
         learning_rate: the peak; it rises over ``warmup`` and falls linearly to zero.
         warmup: share of the steps, 0 to 1.
         weight_decay: AdamW's.
-        bf16: compute in bfloat16 under autocast, wherever the weights are of another type.
+        bf16: compute in bfloat16 under autocast, wherever the weights are of another type; the default is
+            `quantization.prefers_bf16`, which is to do so where the device multiplies bfloat16 in hardware.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         optimizer: a name that `TrainingArguments` knows; the default is paged 8-bit AdamW on CUDA and AdamW elsewhere.
         workers: processes that load data.
@@ -103,7 +104,7 @@ def fine_tune(
         "learning_rate": learning_rate,
         "warmup": warmup,
         "weight_decay": weight_decay,
-        "bf16": bf16,
+        "bf16": prefers_bf16(model) if bf16 is None else bf16,
         "gradient_checkpointing": gradient_checkpointing,
         "optimizer": optimizer or ("paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch"),
     }
@@ -120,7 +121,7 @@ def fine_tune(
             learning_rate=learning_rate,
             warmup_steps=math.ceil(warmup * steps),
             weight_decay=weight_decay,
-            bf16=bf16,
+            bf16=options["bf16"],
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # naming it warns, even if False
             optim=options["optimizer"],
             save_strategy="steps" if save_every else "no",

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .errors import MediaError, MMQLoRAError
+from .quantization import prefers_bf16
 
 FRAMES_PER_SECOND = 100  # mel frames; the encoder halves them
 FULL_WINDOW = 30.0
@@ -130,7 +131,7 @@ def transcribe(
     *,
     batch_size: int = 16,
     max_tokens: int = 100,
-    bf16: bool = True,
+    bf16: bool | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Write down what is said, greedily.
@@ -145,13 +146,15 @@ def transcribe(
         examples: what `prepare` gave.
         batch_size: clips at a time.
         max_tokens: the longest transcript, within what the model has positions for.
-        bf16: compute in bfloat16 under autocast.
+        bf16: compute in bfloat16 under autocast; the default is `quantization.prefers_bf16`.
         progress: show a progress bar.
 
     Returns:
         One text an example, in order.
     """
     device = next(model.parameters()).device
+    if bf16 is None:
+        bf16 = prefers_bf16(model)
     model.eval()
     max_tokens = min(max_tokens, model.config.max_target_positions - 4)  # start, language, task, no timestamps
     texts: list[str] = []
