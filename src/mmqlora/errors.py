@@ -62,3 +62,7 @@ class GateError(MMQLoRAError):
 
 class RankError(MMQLoRAError):
     """A budget or a calibration that ranks can't be allocated by, or a pattern that matches no Linear."""
+
+
+class PlanError(MMQLoRAError):
+    """A plan of memory that can't be made, such as one for negative frames or a model whose inputs are not known."""

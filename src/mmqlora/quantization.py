@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -198,8 +199,6 @@ def quantize(
         (arXiv 2208.07339) for "int8".
     """
     _check(model, quant_type)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise QuantizationError("the model has weights that are not loaded (on the meta device); load them first")
     device = next(model.parameters()).device
     kept = _left_alone(model, quant_type, exclude, device)
     config = _config(quant_type, double_quant, compute_dtype or _default_dtype(device), _skip_list(model, kept))
@@ -579,15 +578,43 @@ def _converted(module: nn.Module, config: BitsAndBytesConfig) -> tuple[nn.Module
                 quant_type=config.bnb_4bit_quant_type,
                 quant_storage=config.bnb_4bit_quant_storage,
             )
-    kind = bnb.nn.Int8Params if config.load_in_8bit else bnb.nn.Params4bit
-    settings = {key: value for key, value in vars(new.weight).items() if key != "SCB"}
-    new.weight = kind(weight, requires_grad=False, **settings).to(weight.device)
     new.bias = module.bias
     new.source_cls = type(module)  # transformers looks at it to undo the transposition of a Conv1D
     new.support_avx512bf16_for_cpu = False  # see close_cpu_traps
+    if weight.is_meta:
+        new.weight = _hollow(new.weight, weight)
+        return new.train(module.training), float("nan")
+    kind = bnb.nn.Int8Params if config.load_in_8bit else bnb.nn.Params4bit
+    settings = {key: value for key, value in vars(new.weight).items() if key != "SCB"}
+    new.weight = kind(weight, requires_grad=False, **settings).to(weight.device)
     weight = weight.float()
     error = (weight - _dequantized(new).float()).norm() / weight.norm().clamp_min(1e-30)
     return new.train(module.training), float(error)
+
+
+def _hollow(parameter: bnb.nn.Params4bit, weight: torch.Tensor) -> bnb.nn.Params4bit:
+    """A 4-bit weight on the meta device, with the shapes of the real one and of its scales."""
+
+    def state(size: int, block: int, codes: int, scales: torch.dtype, **more: Any) -> bnb.functional.QuantState:
+        absmax = torch.empty(math.ceil(size / block), dtype=scales, device="meta")
+        code = torch.empty(codes, device="meta")
+        return bnb.functional.QuantState(absmax, code=code, blocksize=block, **more)
+
+    size, block = weight.numel(), parameter.blocksize
+    more = {"shape": weight.shape, "dtype": weight.dtype, "quant_type": parameter.quant_type}
+    if parameter.compress_statistics:
+        second = state(math.ceil(size / block), 256, 256, torch.float32, dtype=torch.float32)
+        more |= {"offset": torch.empty((), device="meta"), "state2": second}
+    scales = torch.uint8 if parameter.compress_statistics else torch.float32
+    return bnb.nn.Params4bit(
+        torch.empty(math.ceil(size / 2), 1, dtype=torch.uint8, device="meta"),
+        requires_grad=False,
+        quant_state=state(size, block, 16, scales, **more),
+        blocksize=block,
+        compress_statistics=parameter.compress_statistics,
+        quant_type=parameter.quant_type,
+        bnb_quantized=True,
+    )
 
 
 def _dequantized(module: nn.Module, flat: bool = False) -> torch.Tensor:

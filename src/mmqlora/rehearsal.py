@@ -1,0 +1,274 @@
+"""A training step of a model that is not there: every operation and no numbers.
+
+A model on PyTorch's meta device is quantized, given adapters and trained for a step as ever, under `FakeTensorMode`:
+its tensors have shapes, types and lifetimes, and no memory. A `Ledger` that watches counts what the real step would
+hold. Nothing is known of the model but its code, so that it works for models that we have never seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import convert_to_fp32
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .errors import PlanError
+from .ledger import Ledger
+
+__all__ = ["OPTIMIZERS", "hollow", "rehearse"]
+
+aten = torch.ops.aten
+WHOLE = (torch.bool, torch.int32, torch.int64)  # token ids, masks, positions; packed weights are uint8
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+FALSE = {aten.eq.Scalar, aten.eq.Tensor, aten.isinf.default, aten.isnan.default}
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd")
+EIGHT_BITS_FROM = 4096  # elements of a tensor, as bitsandbytes has it; smaller ones keep 32 bits
+PAGED_FROM = 100_000
+
+
+def hollow(model: nn.Module) -> FakeTensorMode:
+    """Take a model's weights away, in place, so that `rehearse` can run it.
+
+    Example:
+        >>> with torch.device("meta"):  # doctest: +SKIP
+        ...     model = WhisperForConditionalGeneration(config)
+        >>> mode = hollow(mm.adapt(model, "lora", quant_type="nf4"))  # doctest: +SKIP
+
+    Args:
+        model: any model, with adapters or without, usually on the meta device.
+
+    Returns:
+        The mode under which it runs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, whose id must not be used again
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            new = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                if hasattr(tensor, "quant_state"):
+                    new.quant_state = tensor.quant_state
+            made[id(tensor)] = new, tensor
+        return made[id(tensor)][0]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and (tensor.is_meta or tensor.dtype not in WHOLE):
+                    tensors[name] = empty(tensor)
+    return mode
+
+
+def rehearse(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    optimizer: str = "adamw_torch",
+    bf16: bool = False,
+    cuda: bool = False,
+    accumulate: bool = False,
+    regions: Mapping[str, str] | None = None,
+) -> Ledger:
+    """Train a hollow model for a step and count what the real one would hold.
+
+    Example:
+        >>> ledger = rehearse(model, inputs)  # doctest: +SKIP
+        >>> ledger.peak, ledger.at_peak["activations", "vision"]  # doctest: +SKIP
+
+    The step is that of `fine_tune`: a forward pass, a backward pass, clipping, and the optimizer's step, with its
+    states in place from the start.
+
+    Args:
+        model: a model after `hollow`, in training mode, with gradient checkpointing or without.
+        inputs: of its forward pass, with what makes it return a ``loss``. Frames and sounds (of two dimensions and
+            more) may be on the meta device; whole numbers must be real.
+        optimizer: one of `OPTIMIZERS`.
+        bf16: compute under bfloat16 autocast.
+        cuda: as a GPU does it: norms and softmax in float32 under autocast, the optimizer over all tensors at once.
+        accumulate: gradients of an earlier batch are there already.
+        regions: as in `Ledger`.
+
+    Returns:
+        The ledger, with paged optimizer states, which live in pinned memory of the host, left out.
+
+    Raises:
+        PlanError: nothing to train, no loss, an unknown optimizer, or a model that needs to see numbers.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise PlanError("no parameter of the model requires a gradient; add adapters, or unfreeze something.")
+    modes = {tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor)}
+    if len(modes) != 1:
+        raise PlanError("the model has weights; `hollow` takes them away.")
+    mode = modes.pop()
+    inputs = {name: _medium(value, mode) for name, value in inputs.items()}
+    with mode, _Numbers(), _CudaAutocast() if cuda and bf16 else nullcontext(), Ledger(model, regions) as ledger:
+        # Where there is no other device to go to, the loader holds the next batch, too.
+        ahead = [] if cuda else [value.clone() for value in inputs.values() if isinstance(value, torch.Tensor)]
+        for value in [*inputs.values(), *ahead]:
+            if isinstance(value, torch.Tensor):
+                ledger.count(value, "inputs", "shared")
+        if accumulate:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                ledger.count(parameter.grad, "gradients", "shared")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(**inputs)
+        if bf16:  # as accelerate does
+            outputs = convert_to_fp32(outputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if loss is None:
+            raise PlanError(f"{type(model).__name__} returned no loss; its inputs were {', '.join(inputs)}.")
+        del outputs
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        running, held = ledger.restart()
+        states, ledger.kept = _step(
+            [parameter for parameter in trained if parameter.grad is not None], optimizer, cuda, ledger
+        )
+        # In later steps the states are there from the start.
+        if running + states > ledger.peak:
+            ledger.peak, ledger.at_peak = running + states, held | {("optimizer", "shared"): states}
+        for parameter in trained:
+            parameter.grad = None
+    return ledger
+
+
+def tower(model: nn.Module) -> Callable[..., Any]:
+    """Give a function that calls methods of a hollow model by name, as `inputs.make_inputs` wants it."""
+    mode = next(tensor.fake_mode for tensor in model.parameters() if isinstance(tensor, FakeTensor))
+
+    def call(method: str, **arguments: Any) -> Any:
+        arguments = {name: _medium(value, mode) for name, value in arguments.items()}
+        with torch.no_grad(), mode, _Numbers():
+            return getattr(model if hasattr(model, method) else model.model, method)(**arguments)
+
+    return call
+
+
+class _Numbers(TorchDispatchMode):
+    """Keeps whole numbers real, so that a model can look at its token ids, masks and grids.
+
+    What depends on frames or sounds can't be known. Comparisons with them are true, so that a mask keeps everything,
+    the most that there could be to do; two of their numbers are never equal, and none is infinite.
+    """
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors(args)
+        if tensors and not any(type(tensor) is FakeTensor or isinstance(tensor, FakeTensor) for tensor in tensors):
+            with unset_fake_temporarily():
+                return operation(*args, **kwargs)
+        if operation is aten._local_scalar_dense.default:
+            return 1.0
+        if operation is aten.rand.default and not args[0]:  # whether to drop a layer: it stays
+            with unset_fake_temporarily():
+                return torch.ones(())
+        if operation is aten.masked_select.default:
+            operation, args = aten.index.Tensor, (args[0], [args[1]])
+        if operation in INDEXED:
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        elif operation is aten._ctc_loss.Tensor:
+            return _ctc(*args)
+        made = operation(*args, **kwargs)
+        if not tensors and isinstance(made, torch.Tensor) and made.dtype in WHOLE:
+            with unset_fake_temporarily():
+                return operation(*args, **kwargs)
+        true = operation not in FALSE
+        return type(made)(_guess(true, part) for part in made) if type(made) in (tuple, list) else _guess(true, made)
+
+
+def _tensors(arguments: Any) -> list[torch.Tensor]:
+    """Those among the arguments of an operation, and in lists of them: quicker than a walk through any tree."""
+    found = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += [part for part in argument if isinstance(part, torch.Tensor)]
+    return found
+
+
+def _guess(true: bool, made: Any) -> Any:
+    if not isinstance(made, FakeTensor) or made.dtype not in WHOLE:
+        return made
+    with unset_fake_temporarily():
+        return torch.full(made.shape, int(true and made.dtype == torch.bool), dtype=made.dtype)
+
+
+def _places(index: Any) -> tuple[Any, ...]:
+    """A mask as numbers, as `FakeTensorMode` can't count what a mask keeps."""
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.bool:
+        return (index,)
+    with unset_fake_temporarily():
+        return index.nonzero(as_tuple=True)
+
+
+def _ctc(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, sizes: torch.Tensor, *_: Any) -> Any:
+    """The loss of each sample and the table of its recursion; (T, B, L) scores."""
+    time, batch, _ = scores.shape
+    with unset_fake_temporarily():
+        longest = int(sizes.max())
+    return scores.new_empty(batch), scores.new_empty(batch, time, 2 * longest + 1)
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Computes in float32 what autocast computes in float32 on a GPU and not on a CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, torch.Tensor.softmax):
+            args, kwargs = tree_map(_float, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def _medium(value: Any, mode: FakeTensorMode) -> Any:
+    """Frames and sounds without their numbers. What is small, such as seconds per frame, may be looked at."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
+        return value
+    return FakeTensor(mode, value.detach().to("meta"), torch.device("cpu"))
+
+
+def _step(trained: list[nn.Parameter], optimizer: str, cuda: bool, ledger: Ledger) -> tuple[int, Any]:
+    """Take a step as it is when the states are there; return their bytes, and what keeps them alive."""
+    if optimizer not in OPTIMIZERS:
+        raise PlanError(f"optimizer={optimizer!r} is unknown; use one of {', '.join(OPTIMIZERS)}.")
+    before = ledger.total
+    if optimizer in ("adamw_torch", "adamw_torch_fused", "sgd"):
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        trained = sorted(trained, key=lambda parameter: parameter.ndim < 2)  # those without decay last, as in Trainer
+        at_once = kind(trained, lr=1e-3, foreach=cuda and optimizer != "adamw_torch_fused")
+        at_once.step()
+        states = ledger.total - before
+        ledger.restart()
+        at_once.step()
+        return states, at_once
+    states = []
+    for parameter in trained:
+        size = parameter.numel()
+        if optimizer.startswith("paged") and size >= PAGED_FROM:
+            ledger.paged += 2 * size + 8 * math.ceil(size / 256) if "8bit" in optimizer else 8 * size
+        elif "8bit" in optimizer and size >= EIGHT_BITS_FROM:
+            states += [parameter.new_empty(size, dtype=torch.uint8) for _ in range(2)]
+            states += [parameter.new_empty(math.ceil(size / 256), dtype=torch.float32) for _ in range(2)]
+        else:
+            states += [parameter.new_empty(size, dtype=torch.float32) for _ in range(2)]
+    for state in states:
+        ledger.count(state, "optimizer", "shared")
+    return ledger.total - before, states
