@@ -26,6 +26,7 @@ from .errors import (
     MediaError,
     MethodError,
     MMQLoRAError,
+    PlanError,
     QuantizationError,
     RankError,
     RecordError,
@@ -36,10 +37,12 @@ from .errors import (
 )
 from .gates import TemporalLoraConfig, explain
 from .grids import run_grid
+from .ledger import Ledger
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
 from .memory import Memory, measure
 from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
+from .planner import GPUS, Plan, plan
 from .ranks import Budget, Ranks, allocate_ranks
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
@@ -49,6 +52,7 @@ from .training import fine_tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPUS",
     "METHODS",
     "SIGNALS",
     "Audio",
@@ -58,10 +62,13 @@ __all__ = [
     "GateError",
     "GridError",
     "LayerReport",
+    "Ledger",
     "MMQLoRAError",
     "MediaError",
     "Memory",
     "MethodError",
+    "Plan",
+    "PlanError",
     "QuantizationError",
     "QuantizationReport",
     "RankError",
@@ -93,6 +100,7 @@ __all__ = [
     "log_mel",
     "make_record",
     "measure",
+    "plan",
     "pool_steps",
     "quantization_report",
     "quantize",

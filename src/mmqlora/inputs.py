@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,6 @@ from .errors import PlanError
 __all__ = ["Sizes", "make_inputs"]
 
 SAMPLING_RATE = 16_000
-WORD = 3  # a token that is neither padding nor the start or end of something
 STAMP = 7  # tokens of a time stamp such as "<12.5 seconds>", which some models put before their frames
 
 
@@ -92,6 +92,7 @@ class _Maker:
         self.model, self.config, self.sizes, self.asks, self.features = model, model.config, sizes, asks, features
         self.encodes = model.config.is_encoder_decoder
         self.width = getattr(self.config.get_text_config(), "hidden_size", 0)
+        self.word = _word(model.config)
         self.block: list[int] = []  # tokens of the media of a sample
 
     # Frames
@@ -115,14 +116,14 @@ class _Maker:
             shape = (sizes.batch_size * frames, *clip[1:])
         inputs: dict[str, Any] = {names: _empty(*shape)}
         if "qformer_input_ids" in asks:
-            ids = torch.full((sizes.batch_size, sizes.tokens), WORD)
+            ids = torch.full((sizes.batch_size, sizes.tokens), self.word)
             inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
         if "padding_mask_videos" in asks:
             inputs["padding_mask_videos"] = torch.ones(sizes.batch_size, frames, dtype=torch.long)
-        kinds = (
-            ("video", "image") if names == "pixel_values_videos" or "qformer_input_ids" in asks else ("image", "video")
-        )
-        self._stand_for(kinds, {"image": "get_image_features", "video": "get_video_features"}, inputs)
+        kinds = ["image", "video"]
+        if names == "pixel_values_videos" or "qformer_input_ids" in asks:
+            kinds.reverse()
+        self._stand_for(kinds, inputs)
         return inputs
 
     def _side(self, config: Any) -> int:
@@ -152,7 +153,7 @@ class _Maker:
         start, end = _token(self.config, "vision_start"), _token(self.config, "vision_end")
         video = [_token(self.config, "video")] * ((side // merge) ** 2)
         if hasattr(config, "deepstack_visual_indexes") and "audio_feature_lengths" not in self.asks:
-            block = ([WORD] * STAMP + [start, *video, end]) * steps
+            block = ([self.word] * STAMP + [start, *video, end]) * steps
         else:
             block = [start, *video * steps, end]
         self.block += [token for token in block if token is not None]
@@ -191,11 +192,8 @@ class _Maker:
         samples = round(SAMPLING_RATE * sizes.seconds)
         mask = torch.ones(batch, samples, dtype=torch.long)
         if "padding_mask" in asks:
-            return {
-                "input_values": _empty(batch, 1, samples),
-                "padding_mask": torch.ones(batch, samples, dtype=torch.long),
-            }
-        return inputs | {"attention_mask": torch.ones(batch, samples, dtype=torch.long)}
+            return {"input_values": _empty(batch, 1, samples), "padding_mask": mask}
+        return {"input_values": _empty(batch, samples), "attention_mask": mask}
 
     # Text
 
@@ -225,13 +223,13 @@ class _Maker:
     def text(self) -> dict[str, Any]:
         asks, sizes, batch = self.asks, self.sizes, self.sizes.batch_size
         if self.encodes and "labels" in asks and "input_ids" not in asks:
-            return {"labels": torch.full((batch, sizes.tokens), WORD)}
+            return {"labels": torch.full((batch, sizes.tokens), self.word)}
         if "input_ids" not in asks:
             if hasattr(self.config, "ctc_loss_reduction"):
                 return {"labels": (torch.arange(sizes.tokens) % 30 + 1).expand(batch, -1)}
             return {"labels": torch.zeros(batch, dtype=torch.long)}
         rows = batch if "labels" in asks else self._texts()
-        ids = torch.tensor([WORD] + self.block + [WORD] * max(1, sizes.tokens - 1)).expand(rows, -1).clone()
+        ids = torch.tensor([self.word] + self.block + [self.word] * max(1, sizes.tokens - 1)).expand(rows, -1).clone()
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "mm_token_type_ids" in asks:
             types = torch.zeros_like(ids)
@@ -247,6 +245,15 @@ class _Maker:
         config = getattr(self.config, "vision_config", None)
         clips = config is None or hasattr(config, "num_frames") or hasattr(self.config, "video_config")
         return self.sizes.batch_size * (1 if clips else self.sizes.frames)
+
+
+def _word(config: Any) -> int:
+    """A token that stands for nothing in particular."""
+    taken = {0, 1, 2}
+    for part in (config, config.get_text_config()):
+        names = [name for name in vars(part) if re.search(r"_token_(id|index)$", name)]
+        taken |= {value for name in names if isinstance(value := getattr(part, name), int)}
+    return next(number for number in range(3, 3 + len(taken) + 1) if number not in taken)
 
 
 def _call(model: nn.Module, method: str, **media: Any) -> Any:

@@ -49,15 +49,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """A card: what PyTorch can use of it (as its own messages say), what a context takes, whether it has bfloat16."""
+    """A card: what PyTorch can use of it (as its own messages say), and what a context takes."""
 
     bytes: int
     context: int = int(0.5 * GIB)
-    bf16: bool = True
 
 
 GPUS: Mapping[str, GPU] = {
-    "T4": GPU(int(14.74 * GIB), 141 * 2**20, bf16=False),
+    "T4": GPU(int(14.74 * GIB), 141 * 2**20),
     "L4": GPU(int(22.03 * GIB)),
     "A10G": GPU(int(22.06 * GIB)),
     "RTX 4090": GPU(int(23.64 * GIB)),
@@ -270,8 +269,8 @@ def plan(
         checkpointing: recompute activations in the backward pass.
         optimizer: one of `rehearsal.OPTIMIZERS`; the default is that of `fine_tune`.
         frozen: regions without adapters, such as ``("vision",)``.
-        dtype: of weights that are not quantized, and of the computation. Default: bfloat16 on a GPU that has it,
-            float16 on others, float32 on a CPU. Full fine-tuning keeps its weights in float32.
+        dtype: of weights that are not quantized, and of the computation. Default: 16 bits on a GPU, float32 on a CPU.
+            Full fine-tuning keeps its weights in float32.
         attention: "sdpa" or "eager"; None takes the model's default.
         inputs: a batch for the forward pass, where `make_inputs` can't make one. Frames and sounds may be on the meta
             device; the sizes above are then not looked at.
@@ -293,8 +292,10 @@ def plan(
     full = method == "full"
     if full and quant_type:
         raise PlanError("full fine-tuning changes the weights, which 4-bit weights can't be; give quant_type=None.")
-    usual = torch.float32 if card is None else torch.bfloat16 if card.bf16 else torch.float16
-    compute = dtype or usual
+    # float16, which autocast does not know on a CPU, where this runs, takes as much as bfloat16.
+    compute = torch.bfloat16 if card else torch.float32
+    if dtype:
+        compute = torch.float32 if dtype.itemsize == 4 else torch.bfloat16
     config = _config(model)
     skeleton = _skeleton(model, config, torch.float32 if full else compute, attention)
     parts = regions(skeleton)
@@ -311,7 +312,7 @@ def plan(
             adapted,
             batch,
             optimizer=optimizer,
-            bf16=compute == torch.bfloat16,
+            bf16=card is not None or compute == torch.bfloat16,
             cuda=card is not None,
             accumulate=accumulate > 1,
             regions=dict(parts),

@@ -376,15 +376,16 @@ def multiplies_bf16(device: torch.device | str) -> bool:
 
 
 def prefers_bf16(model: nn.Module) -> bool:
-    """Whether to run a model under bfloat16 autocast: it has such weights, or the device multiplies them in hardware.
+    """Whether to run a model under bfloat16 autocast: on a GPU, on a processor that has it, and with such weights.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16, enabled=prefers_bf16(model)):  # doctest: +SKIP
         ...     model(**batch)
     """
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    # Older GPUs emulate it, which is still better than weights and inputs of different types.
     cuda = torch.cuda.is_available()  # also where the model is still on the CPU: training moves it
-    return any(w.dtype == torch.bfloat16 for w in weights) or multiplies_bf16("cuda" if cuda else "cpu")
+    return cuda or any(w.dtype == torch.bfloat16 for w in weights) or multiplies_bf16("cpu")
 
 
 def _find(name: str) -> tuple[str, list[str]]:

@@ -75,7 +75,7 @@ def fine_tune(
         warmup: share of the steps, 0 to 1.
         weight_decay: AdamW's.
         bf16: compute in bfloat16 under autocast, wherever the weights are of another type; the default is
-            `quantization.prefers_bf16`, which is to do so where the device multiplies bfloat16 in hardware.
+            `quantization.prefers_bf16`: on a GPU, and where the processor multiplies bfloat16 in hardware.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         optimizer: a name that `TrainingArguments` knows; the default is paged 8-bit AdamW on CUDA and AdamW elsewhere.
         workers: processes that load data.
