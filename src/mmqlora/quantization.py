@@ -607,7 +607,7 @@ def _hollow(parameter: bnb.nn.Params4bit, weight: torch.Tensor) -> bnb.nn.Params
         second = state(math.ceil(size / block), 256, 256, torch.float32, dtype=torch.float32)
         more |= {"offset": torch.empty((), device="meta"), "state2": second}
     scales = torch.uint8 if parameter.compress_statistics else torch.float32
-    return bnb.nn.Params4bit(
+    hollow = bnb.nn.Params4bit(
         torch.empty(math.ceil(size / 2), 1, dtype=torch.uint8, device="meta"),
         requires_grad=False,
         quant_state=state(size, block, 16, scales, **more),
@@ -616,6 +616,8 @@ def _hollow(parameter: bnb.nn.Params4bit, weight: torch.Tensor) -> bnb.nn.Params
         quant_type=parameter.quant_type,
         bnb_quantized=True,
     )
+    hollow.__deepcopy__ = lambda memo: hollow  # bitsandbytes would make the copy on the CPU
+    return hollow
 
 
 def _dequantized(module: nn.Module, flat: bool = False) -> torch.Tensor:

@@ -8,16 +8,19 @@ hold. Nothing is known of the model but its code, so that it works for models th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
+import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
+from peft.tuners.lora import dora, variants
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -64,6 +67,8 @@ def hollow(model: nn.Module) -> FakeTensorMode:
         return made[id(tensor)][0]
 
     for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.bias is not None and module.compute_dtype:
+            module.bias.data = module.bias.data.to(module.compute_dtype)  # as its first forward pass does
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and (tensor.is_meta or tensor.dtype not in WHOLE):
@@ -114,7 +119,7 @@ def rehearse(
         raise PlanError("the model has weights; `hollow` takes them away.")
     mode = modes.pop()
     inputs = {name: _medium(value, mode) for name, value in inputs.items()}
-    with mode, _Numbers(), _CudaAutocast() if cuda and bf16 else nullcontext(), Ledger(model, regions) as ledger:
+    with _without_numbers(mode, cuda and bf16), Ledger(model, regions) as ledger:
         # Where there is no other device to go to, the loader holds the next batch, too.
         ahead = [] if cuda else [value.clone() for value in inputs.values() if isinstance(value, torch.Tensor)]
         for value in [*inputs.values(), *ahead]:
@@ -152,7 +157,7 @@ def tower(model: nn.Module) -> Callable[..., Any]:
 
     def call(method: str, **arguments: Any) -> Any:
         arguments = {name: _medium(value, mode) for name, value in arguments.items()}
-        with torch.no_grad(), mode, _Numbers():
+        with torch.no_grad(), _without_numbers(mode):
             return getattr(model if hasattr(model, method) else model.model, method)(**arguments)
 
     return call
@@ -224,14 +229,46 @@ def _ctc(scores: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, size
     return scores.new_empty(batch), scores.new_empty(batch, time, 2 * longest + 1)
 
 
-class _CudaAutocast(TorchFunctionMode):
-    """Computes in float32 what autocast computes in float32 on a GPU and not on a CPU."""
+@contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """Computes in float32, under autocast, what a GPU computes so and a CPU does not.
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in (F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, torch.Tensor.softmax):
-            args, kwargs = tree_map(_float, (args, kwargs))
-        return function(*args, **kwargs)
+    The functions themselves are exchanged, as layers that are checkpointed run again in the backward pass, where modes
+    do not reach.
+    """
+
+    def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_float, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for name in ("layer_norm", "group_norm", "softmax", "log_softmax"):
+            stack.enter_context(patch.object(F, name, exact(getattr(F, name))))
+        yield
+
+
+@contextmanager
+def _without_numbers(mode: FakeTensorMode, cuda_autocast: bool = False) -> Iterator[None]:
+    """Run models whose weights are hollow."""
+
+    # DoRA looks at weights, and PEFT knows those of 4 bits by the name of their class, which hollow ones have lost.
+    def expanded(module: nn.Module) -> torch.Tensor:
+        state = getattr(module.weight, "quant_state", None)
+        return module.weight if state is None else bnb.functional.dequantize_4bit(module.weight.data, state)
+
+    with ExitStack() as stack:
+        for user in (dora, variants):
+            stack.enter_context(patch.object(user, "dequantize_module_weight", expanded))
+        if cuda_autocast:
+            stack.enter_context(_cuda_autocast())
+        stack.enter_context(mode)
+        stack.enter_context(_Numbers())
+        yield
 
 
 def _float(value: Any) -> Any:
