@@ -62,3 +62,7 @@ class GateError(MMQLoRAError):
 
 class RankError(MMQLoRAError):
     """A budget or a calibration that ranks can't be allocated by, or a pattern that matches no Linear."""
+
+
+class SelectionError(MMQLoRAError):
+    """Features, noise or a budget that frames and segments can't be selected by, or a method that is unknown."""
