@@ -65,11 +65,11 @@ class Noise:
     Example:
         >>> both = Noise(np.array([3.0, 0.0])) + Noise(np.array([4.0, 1.0]))
         >>> both.deviation.tolist(), round(both.dimensions, 2)
-        ([5.0, 1.0], 1.08)
+        ([5.0, 1.0], 2.0)
 
     Attributes:
         deviation: (D,) float64.
-        dimensions: of how many independent numbers it is made, at most D. None: those of independent features.
+        dimensions: of how many independent numbers it is made, each feature in units of its deviation. None: D.
         error: (D,) float64, standard error of the deviation; empty where unknown.
         source: in words.
     """
@@ -81,22 +81,20 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.dimensions is None:
-            variance = np.square(self.deviation)
-            independent = float(variance.sum() ** 2 / max(np.square(variance).sum(), 1e-300))
-            object.__setattr__(self, "dimensions", max(1.0, independent))
+            object.__setattr__(self, "dimensions", float(max(1, np.size(self.deviation))))
 
     def __add__(self, other: Noise) -> Noise:
         """Give the noise of both, which know nothing of each other."""
-        one, two = np.square(self.deviation), np.square(other.deviation)
-        # The sum's squared eigenvalues, as if no direction were common to both.
-        spread = one.sum() ** 2 / self.dimensions + two.sum() ** 2 / other.dimensions
-        spread += 2 * (one * two).sum()
+        total = np.sqrt(np.square(self.deviation) + np.square(other.deviation))
+        safe = np.maximum(total, 1e-300)
+        one, two = np.square(self.deviation / safe), np.square(other.deviation / safe)
+        # Squared eigenvalues in units of the total: each as if its share were the same everywhere.
+        spread = one.sum() ** 2 / self.dimensions + two.sum() ** 2 / other.dimensions + 2 * (one * two).sum()
+        dimensions = float(np.clip((one + two).sum() ** 2 / max(spread, 1e-300), 1, len(total)))
         error = np.zeros(0)
         if len(self.error) and len(other.error):
-            total = np.maximum(np.sqrt(one + two), 1e-300)
-            error = np.hypot(self.deviation * self.error, other.deviation * other.error) / total
-        dimensions = float(np.clip((one + two).sum() ** 2 / max(spread, 1e-300), 1, len(one)))
-        return Noise(np.sqrt(one + two), dimensions, error, f"{self.source} + {other.source}".strip(" +"))
+            error = np.hypot(self.deviation * self.error, other.deviation * other.error) / safe
+        return Noise(total, dimensions, error, f"{self.source} + {other.source}".strip(" +"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,13 +243,32 @@ def clip_noise(features: Features | np.ndarray | Tensor) -> Noise:
     variance = float(size[quiet].mean()) / (2 * x.shape[1])
     dimensions = float(x.shape[1])
     if variance > least and len(quiet) >= 8:
-        some = step[np.sort(quiet[:: max(1, len(quiet) // 512)])].astype(np.float64)
-        inner = some @ some.T
-        pairs = np.square(inner).sum() - np.square(np.diag(inner)).sum()
-        spread = pairs / (len(some) * (len(some) - 1))  # of products between different steps, which have no bias
-        dimensions = float(np.clip(np.diag(inner).mean() ** 2 / max(spread, 1e-300), 1, x.shape[1]))
+        dimensions = independent(step[np.sort(quiet)])
     deviation = math.sqrt(max(variance, least)) or 1.0
     return Noise(np.full(x.shape[1], deviation), dimensions, source="clip")
+
+
+def independent(steps: np.ndarray) -> float:
+    """Of how many independent numbers of equal size vectors are made, whose mean is zero.
+
+    Example:
+        >>> steps = np.random.default_rng(0).normal(size=(300, 3)) @ np.repeat(np.eye(3), 10, axis=1)
+        >>> round(independent(steps))
+        3
+
+    Args:
+        steps: (N, D); of more than 512, as many are looked at.
+
+    Returns:
+        From 1 to D: the squared sum of the eigenvalues of their second moment over the sum of their squares.
+    """
+    some = steps[:: max(1, len(steps) // 512)].astype(np.float64)
+    if len(some) < 2:
+        return float(steps.shape[1])
+    inner = some @ some.T
+    # Of products between different vectors only, which few vectors don't bias.
+    spread = (np.square(inner).sum() - np.square(np.diag(inner)).sum()) / (len(some) * (len(some) - 1))
+    return float(np.clip(np.diag(inner).mean() ** 2 / max(spread, 1e-300), 1, steps.shape[1]))
 
 
 # Methods
