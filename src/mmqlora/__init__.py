@@ -30,31 +30,38 @@ from .errors import (
     RankError,
     RecordError,
     RegionError,
+    SelectionError,
     SignalError,
     TimelineError,
     TrainingError,
 )
+from .features import Features, mel_features, thumbnail_features
 from .gates import TemporalLoraConfig, explain
 from .grids import run_grid
 from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, write_audio, write_video
 from .memory import Memory, measure
 from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
+from .noise import QuantizationNoise, encoder_features, quantization_noise
 from .ranks import Budget, Ranks, allocate_ranks
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
+from .selection import SELECTORS, Noise, Selection, Selector, clip_noise, select_frames
 from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
+from .spans import Spans, select_segments
 from .training import fine_tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "SELECTORS",
     "SIGNALS",
     "Audio",
     "Budget",
     "Calibration",
     "ErrorRate",
+    "Features",
     "GateError",
     "GridError",
     "LayerReport",
@@ -62,16 +69,22 @@ __all__ = [
     "MediaError",
     "Memory",
     "MethodError",
+    "Noise",
     "QuantizationError",
+    "QuantizationNoise",
     "QuantizationReport",
     "RankError",
     "Ranks",
     "RecordError",
     "RegionError",
     "Regions",
+    "Selection",
+    "SelectionError",
+    "Selector",
     "SignalError",
     "Signals",
     "SkipBroken",
+    "Spans",
     "TemporalLoraConfig",
     "TimelineError",
     "TrainingError",
@@ -83,8 +96,10 @@ __all__ = [
     "benchmark",
     "calibrate",
     "character_error_rate",
+    "clip_noise",
     "close_cpu_traps",
     "compare",
+    "encoder_features",
     "english_normalizer",
     "explain",
     "fine_tune",
@@ -93,7 +108,9 @@ __all__ = [
     "log_mel",
     "make_record",
     "measure",
+    "mel_features",
     "pool_steps",
+    "quantization_noise",
     "quantization_report",
     "quantize",
     "read_audio",
@@ -101,7 +118,10 @@ __all__ = [
     "read_video",
     "regions",
     "run_grid",
+    "select_frames",
+    "select_segments",
     "signals",
+    "thumbnail_features",
     "thumbnail_signals",
     "video_signals",
     "word_error_rate",

@@ -25,6 +25,7 @@ from .signals import SIDE, thumbnails
 __all__ = ["Features", "mel_features", "thumbnail_features"]
 
 READ = 256  # small frames that are in memory at once
+HOPS = 8192  # steps of a mel spectrogram that are computed at once
 MEL_RANGE = 60.0  # decibels below the loudest band that still count
 
 
@@ -137,9 +138,9 @@ def mel_features(audio: Audio, step: float = 0.1, bands: int = 40) -> Features:
         raise SelectionError(f"{len(audio.samples)} samples, step={step}; expected some, and at least 0.01 s")
     hop, count = max(1, round(audio.rate / 100)), math.ceil(len(audio.samples) / max(1, round(audio.rate / 100)))
     mel = np.empty((count, bands), np.float32)
-    size, margin = 8192, 2  # hops at once, and those around them that their windows reach into
-    for a in range(0, count, size):
-        b, first = min(count, a + size), max(0, a - margin)
+    margin = 2  # hops around, into which windows reach
+    for a in range(0, count, HOPS):
+        b, first = min(count, a + HOPS), max(0, a - margin)
         part = Audio(audio.samples[first * hop : (b + margin) * hop], audio.rate)
         mel[a:b] = log_mel(part, bands, window=round(audio.rate / 40), hop=hop)[0][a - first : b - first]
     mel = np.maximum(mel, mel.max() - MEL_RANGE)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import QuantizationError, SelectionError
+from .errors import QuantizationError, SelectionError, TimelineError
 from .features import Features
 from .quantization import load
 from .regions import regions
 from .selection import Noise, independent
 from .signals import pool_steps
-from .timeline import FAMILIES, Nothing, Timekeeper, timekeeper
+from .timeline import FAMILIES, Nothing, Placement, Timekeeper, timekeeper
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -290,14 +290,14 @@ class _Tower:
         make = FAMILIES.get(getattr(config, "model_type", ""))
         self.family = make(config, clip_frames=clip_frames) if make else None
         # The longest list of modules, such as "encoder.layers", that hold Linears of the region whose rows have a time.
-        lists: dict[str, dict[int, str]] = {}
+        lists: dict[str, dict[int, list[str]]] = {}
         for name in parts.of(self.region):
             if self.family is not None and isinstance(self.family.rule(name), Nothing):
                 continue
             words = name.split(".")
             place = next((i for i, word in enumerate(words) if word.isdigit()), None)
             if place is not None:
-                lists.setdefault(".".join(words[:place]), {}).setdefault(int(words[place]), name)
+                lists.setdefault(".".join(words[:place]), {}).setdefault(int(words[place]), []).append(name)
         if not lists:
             raise SelectionError(
                 f"the {self.region} of this {type(self.base).__name__} has no layers whose rows belong to time steps"
@@ -315,7 +315,7 @@ class _Tower:
         """Features behind some layers: (T, D) for each clip."""
         known = "_mmqlora_time" in self.base.__dict__
         keeper = timekeeper(self.base, self.clip_frames) if self.family is not None else None
-        seen: dict[int, list[tuple[tuple[int, ...], Tensor]]] = {layer: [] for layer in layers}
+        seen: dict[int, list[tuple[Any, Tensor]]] = {layer: [] for layer in layers}
         device = next(self.model.parameters()).device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         with ExitStack() as stack:
@@ -324,11 +324,11 @@ class _Tower:
             if keeper is not None and not known:
                 stack.callback(keeper.remove, self.base)
             for layer in layers:
-                path, linear = self.blocks[layer - 1]
-                hook = _Hook(seen[layer], keeper, linear, stop=layer == max(layers))
+                path, linears = self.blocks[layer - 1]
+                hook = _Hook(seen[layer], keeper, linears[::-1], stop=layer == max(layers))
                 stack.callback(self.base.get_submodule(path).register_forward_hook(hook).remove)
-            training = self.model.training
-            stack.callback(self.model.train, training)
+            for module in self.model.modules():
+                stack.callback(setattr, module, "training", module.training)
             self.model.eval()
             try:
                 self.model(**inputs)
@@ -339,38 +339,51 @@ class _Tower:
 
 @dataclass
 class _Hook:
-    """Keeps the means over the rows of each step of what a block gives."""
+    """Keeps the means over the rows of each step of what a block gives, with the steps."""
 
-    seen: list[tuple[tuple[int, ...], Tensor]]
+    seen: list[tuple[Any, Tensor]]
     keeper: Timekeeper | None
-    linear: str
+    linears: list[str]
     stop: bool
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         h = output if isinstance(output, Tensor) else output[0]
-        rule = self.keeper.family.rule(self.linear) if self.keeper is not None else None
-        if rule is None:
-            if h.ndim != 3 or len(h) == 1:
-                raise SelectionError(
-                    f"{self.linear}: it is not known which step the rows of an output {tuple(h.shape)} belong to; "
-                    "expected (F, L, D), or an architecture that is in mmqlora.timeline.FAMILIES"
-                )
-            counts, means = (len(h),), h.float().mean(1)
+        rule = None
+        if self.keeper is not None:
+            rule, place = self._place(h)
+            self.seen.append((place.level, place.mean(h.float()).cpu()))
+        elif h.ndim == 3 and len(h) > 1:
+            self.seen.append((None, h.float().mean(1).cpu()))
         else:
-            place = self.keeper.clock.place(rule, self.linear, h.shape)
-            counts, means = place.level.counts, place.mean(h.float())
-        self.seen.append((counts, means.cpu()))
+            raise SelectionError(
+                f"{self.linears[-1]}: it is not known which step the rows of an output {tuple(h.shape)} belong to; "
+                "expected (F, L, D), or an architecture that is in mmqlora.timeline.FAMILIES"
+            )
         # A tower that is called for one frame, or one stream, after the other, has to go on.
         if self.stop and (rule is None or not rule.tower):
             raise _Stop
 
+    def _place(self, h: Tensor) -> tuple[Any, Placement]:
+        """The rule of a Linear of the block, the last whose input has the rows of the block's output."""
+        why = None
+        for linear in self.linears:
+            rule = self.keeper.family.rule(linear)
+            try:
+                return rule, self.keeper.clock.place(rule, linear, h.shape)
+            except TimelineError as error:
+                why = error
+        raise why
 
-def _joined(found: list[tuple[tuple[int, ...], Tensor]], region: str) -> list[np.ndarray]:
+
+def _joined(found: list[tuple[Any, Tensor]], region: str) -> list[np.ndarray]:
     """Clips of all calls. Calls of the same steps hold zeros for the steps of the others."""
-    if not found or not sum(found[0][0]):
+    if found and found[0][0] is None:
+        return [torch.cat([means for _, means in found]).numpy()]
+    total: dict[int, Tensor] = {}
+    levels = {id(level): level for level, _ in found}
+    for level, means in found:
+        total[id(level)] = total[id(level)] + means if id(level) in total else means
+    clips = [part for key, level in levels.items() for part in total[key].split(list(level.counts))]
+    if not clips:
         raise SelectionError(f"these inputs have no time steps for the {region} encoder; expected clips that it reads")
-    counts = found[0][0]
-    same = all(other == counts for other, _ in found)
-    total = sum(means for _, means in found) if same else torch.cat([means for _, means in found])
-    every = counts if same else tuple(count for other, _ in found for count in other)
-    return [part.numpy() for part in total.split(list(every))]
+    return [clip.numpy() for clip in clips]
