@@ -226,10 +226,10 @@ def _table(by_layer: list[list[_Clip]], layers: list[int]) -> pd.DataFrame:
         each = [clip.row() for clip in clips]
         mean, spread = _mean([np.array(list(row.values())) for row in each])
         # The root of a mean square, relative to that of the features; its error by the delta method.
-        root = np.sqrt(np.maximum(mean[:4], 1e-300))
+        root = np.sqrt(mean[:4])
         scale = np.array([1.0, *[max(root[0], 1e-30)] * 3, 1.0])
         value = np.array([*root, mean[4]]) / scale
-        error = np.array([*(spread[:4] / (2 * root)), spread[4]]) / scale
+        error = np.array([*(spread[:4] / np.maximum(2 * root, 1e-150)), spread[4]]) / scale
         row = {}
         for name, number, uncertain in zip(each[0], value, error, strict=True):
             row |= {name: float(number), f"{name}_se": float(uncertain)}

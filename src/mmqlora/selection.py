@@ -341,9 +341,12 @@ def _segments(job: _Job) -> dict[str, Any]:
 
 
 def _price(width: int, dimensions: float, length: int) -> float:
-    """The most by which a cut of noise alone is likely to lower the error: a bound on the tail of chi squared."""
-    chances = 2 * math.log(max(length, 2))  # pairs of borders
-    return width / dimensions * (dimensions + 2 * math.sqrt(dimensions * chances) + 2 * chances)
+    """The most by which a cut of noise alone may lower the error: a bound on the tail of chi squared.
+
+    Source: Laurent and Massart, Adaptive Estimation of a Quadratic Functional by Model Selection, 2000, lemma 1.
+    """
+    rare = math.log(10 * length**2)  # pairs of borders, over the chance
+    return width / dimensions * (dimensions + 2 * math.sqrt(dimensions * rare) + 2 * rare)
 
 
 def _representatives(x: np.ndarray, bounds: np.ndarray, weights: np.ndarray, spacing: int) -> np.ndarray:
@@ -384,7 +387,9 @@ def _logdet(job: _Job, floor: bool = True) -> dict[str, Any]:
     # What noise moves a frame by in the space of the kernel, where each has length 1.
     moved = np.square(factor) * float(np.square(noise.deviation).sum()) / scale if floor else np.zeros(len(x))
     floors = 2 * -np.expm1(-moved)
-    order, gains = _greedy_logdet(_Kernel(x, scale, q), floors, job.count, job.spacing)
+    away = x - x.mean(0)
+    middle = np.einsum("td,td->t", away, away)
+    order, gains = _greedy_logdet(_Kernel(x, scale, q), floors, job.count, job.spacing, middle)
     order = _filled(order, job.count, len(x), job.spacing)
     gains = np.concatenate([gains, np.zeros(len(order) - len(gains))])
     return {"indices": order, "order": order, "gains": gains, "noise": noise}
@@ -403,8 +408,13 @@ class _Kernel:
         return self.q * self.q[t] * np.exp(-np.einsum("td,td->t", away, away) / self.scale)
 
 
-def _greedy_logdet(kernel: _Kernel, floors: np.ndarray, count: int, spacing: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy ``1/2 log det(I + N^-1/2 K N^-1/2)``, N the floors; ``1/2 log det K`` where they are 0."""
+def _greedy_logdet(
+    kernel: _Kernel, floors: np.ndarray, count: int, spacing: int, middle: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy ``1/2 log det(I + N^-1/2 K N^-1/2)``, N the floors; ``1/2 log det K`` where they are 0.
+
+    Without a query the first frames are equally good: that nearest to the mean is taken, by its distance ``middle``.
+    """
     noisy = bool(floors.min(initial=1.0) > 0)
     root = 1 / np.sqrt(floors) if noisy else np.ones(len(floors))
     left = np.square(kernel.q * root) + noisy  # variance that the chosen ones leave
@@ -413,9 +423,14 @@ def _greedy_logdet(kernel: _Kernel, floors: np.ndarray, count: int, spacing: int
     free = np.ones(len(floors), bool)
     order, gains = [], []
     for k in range(count):
-        t = int(np.where(free, left, -np.inf).argmax())
-        if not free[t] or left[t] <= enough:
+        best = left[free].max(initial=-np.inf)
+        if not best > enough:
             break
+        equal = np.flatnonzero(free & (left >= best * (1 - 1e-9)))
+        equal = equal[middle[equal] <= middle[equal].min() * (1 + 1e-9)]
+        # Frames that are the same: the one that is farthest in time.
+        apart = np.abs(equal[:, None] - np.array(order or [len(left) // 2])).min(1)
+        t = int(equal[apart.argmax() if order else apart.argmin()])
         order.append(t)
         gains.append(0.5 * math.log(left[t]))
         column = kernel.column(t) * root * root[t]

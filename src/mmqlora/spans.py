@@ -27,6 +27,7 @@ from .selection import Noise, Selection, _check_options, clip_noise, select_fram
 __all__ = ["Spans", "select_segments"]
 
 MEL_NOISE = 2.0  # decibels by which a steady noise moves a band's mean over a tenth of a second
+STEADY = 4  # steps by which a sound is known, whatever came before it
 QUIET = 50.0  # a step so many decibels below the loudest is silent
 
 
@@ -146,8 +147,10 @@ def select_segments(
         ([[1.0, 1.5]], 0.5)
 
     The sound is cut as a video is, by its mel features in steps of a tenth of a second. A segment is silent where no
-    step is within 50 decibels of the loudest, and repeats an earlier one if to take both for one would cost less than
-    the price of a segment. For speech, ``repeats=True``: a word that sounds like another is still a word.
+    step is within 50 decibels of the loudest. It repeats an earlier one if to take both for one would cost less than
+    the price of a segment; one shorter than 4 steps has to follow the same sound, too, so that a falling chirp is no
+    rising one. Words that are said again fall into other steps, and are rarely taken for the same. Where they must not
+    be, as for speech recognition, ``repeats=True`` keeps all that is not silent.
 
     Args:
         audio: samples with their rate.
@@ -204,7 +207,10 @@ def _mel_noise(features: Features) -> Noise:
 
 def _heard(x: np.ndarray, found: Selection, quiet: np.ndarray, repeats: bool) -> tuple[np.ndarray, int]:
     """First and last step + 1 of the segments that are heard for the first time, and how many steps repeat others."""
-    kept, repeated, means, sizes = [], 0, np.zeros((0, x.shape[1])), np.zeros(0)
+    kept, repeated = [], 0
+    means, sizes = np.zeros((0, x.shape[1])), np.zeros(0)  # of each sound
+    follows: set[tuple[int, int]] = set()  # which sound came behind which; -1 is silence
+    before, end = -1, 0
     for a, b in pairwise(found.bounds):
         loud = a + np.flatnonzero(~quiet[a:b])
         if not len(loud):
@@ -212,11 +218,20 @@ def _heard(x: np.ndarray, found: Selection, quiet: np.ndarray, repeats: bool) ->
         a, b = int(loud[0]), int(loud[-1]) + 1
         mean = x[a:b].mean(0, dtype=np.float64)
         cost = sizes * (b - a) / (sizes + b - a) * np.square(means - mean).sum(1)  # of taking both for one
-        if not repeats and (cost <= found.price).any():
+        sound = int(cost.argmin()) if (cost <= found.price).any() else len(means)
+        step = (before if a == end else -1, sound)
+        if sound == len(means):
+            means, sizes = np.vstack([means, mean]), np.append(sizes, b - a)
+            again = False
+        else:
+            # A short piece is part of a sound that moves: backwards it is another one.
+            again = b - a >= STEADY or step in follows
+        if again and not repeats:
             repeated += b - a
-            continue
-        kept.append((a, b))
-        means, sizes = np.vstack([means, mean]), np.append(sizes, b - a)
+        else:
+            kept.append((a, b))
+        follows.add(step)
+        before, end = sound, b
     return np.array(kept, np.int64).reshape(-1, 2), repeated
 
 
