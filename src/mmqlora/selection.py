@@ -382,38 +382,34 @@ def _representatives(x: np.ndarray, bounds: np.ndarray, weights: np.ndarray, spa
 def _logdet(job: _Job, floor: bool = True) -> dict[str, Any]:
     noise, factor = job.measured() if floor else (None, np.ones(len(job.x)))
     q = np.ones(len(job.x)) if job.weights is None else job.weights
-    x = job.x.astype(np.float64)
-    scale = 2 * float(x.var(0).sum()) or 1.0  # the mean squared distance of two frames
+    x = job.x - job.x.mean(0, dtype=np.float64)
+    kernel = _Kernel(x, 2 * float(np.square(x).sum()) / len(x) or 1.0, q)  # scale: the mean squared distance
     # What noise moves a frame by in the space of the kernel, where each has length 1.
-    moved = np.square(factor) * float(np.square(noise.deviation).sum()) / scale if floor else np.zeros(len(x))
+    moved = np.square(factor) * float(np.square(noise.deviation).sum()) / kernel.scale if floor else np.zeros(len(x))
     floors = 2 * -np.expm1(-moved)
-    away = x - x.mean(0)
-    middle = np.einsum("td,td->t", away, away)
-    order, gains = _greedy_logdet(_Kernel(x, scale, q), floors, job.count, job.spacing, middle)
+    order, gains = _greedy_logdet(kernel, floors, job.count, job.spacing)
     order = _filled(order, job.count, len(x), job.spacing)
     gains = np.concatenate([gains, np.zeros(len(order) - len(gains))])
     return {"indices": order, "order": order, "gains": gains, "noise": noise}
 
 
-@dataclass(frozen=True)
 class _Kernel:
-    """``q_t q_s exp(-|x_t - x_s|^2 / scale)``, a column at a time."""
+    """``q_t q_s exp(-|x_t - x_s|^2 / scale)``, a column at a time, for x with mean 0."""
 
-    x: np.ndarray
-    scale: float
-    q: np.ndarray
+    def __init__(self, x: np.ndarray, scale: float, q: np.ndarray) -> None:
+        self.x, self.scale, self.q = x, scale, q
+        self.norms = np.einsum("td,td->t", x, x)
 
     def column(self, t: int) -> np.ndarray:
-        away = self.x - self.x[t]
-        return self.q * self.q[t] * np.exp(-np.einsum("td,td->t", away, away) / self.scale)
+        apart = np.maximum(self.norms + self.norms[t] - 2 * (self.x @ self.x[t]), 0)
+        apart[t] = 0
+        return self.q * self.q[t] * np.exp(-apart / self.scale)
 
 
-def _greedy_logdet(
-    kernel: _Kernel, floors: np.ndarray, count: int, spacing: int, middle: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _greedy_logdet(kernel: _Kernel, floors: np.ndarray, count: int, spacing: int) -> tuple[np.ndarray, np.ndarray]:
     """Greedy ``1/2 log det(I + N^-1/2 K N^-1/2)``, N the floors; ``1/2 log det K`` where they are 0.
 
-    Without a query the first frames are equally good: that nearest to the mean is taken, by its distance ``middle``.
+    Without a query all frames are equally good at first: that nearest to the mean is taken.
     """
     noisy = bool(floors.min(initial=1.0) > 0)
     root = 1 / np.sqrt(floors) if noisy else np.ones(len(floors))
@@ -427,7 +423,7 @@ def _greedy_logdet(
         if not best > enough:
             break
         equal = np.flatnonzero(free & (left >= best * (1 - 1e-9)))
-        equal = equal[middle[equal] <= middle[equal].min() * (1 + 1e-9)]
+        equal = equal[kernel.norms[equal] <= kernel.norms[equal].min() * (1 + 1e-9)]
         # Frames that are the same: the one that is farthest in time.
         apart = np.abs(equal[:, None] - np.array(order or [len(left) // 2])).min(1)
         t = int(equal[apart.argmax() if order else apart.argmin()])
