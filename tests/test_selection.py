@@ -379,6 +379,16 @@ def test_as_many_frames_are_kept_as_there_are_states(shift, share):
     assert np.mean(right) >= share
 
 
+@pytest.mark.parametrize("options, count", [({}, 50), ({"budget": 30, "adaptive": True}, 30), ({"budget": 50}, 50)])
+def test_a_long_video_is_chosen_from_as_a_short_one(options, count):
+    x, which = scenes([100] * 50, noise=0.1)
+    assert len(x) > 4 * segmentation.CHUNK
+    found = select_frames(x.astype(np.float32), **options)
+    assert len(set(which[found.indices])) == len(found) == count
+    assert 0 <= found.excess < 0.2 * (found.error + found.price * count) or count == 30
+    assert select_frames(x[:1000]).excess == 0
+
+
 def test_noise_of_a_clip_is_that_of_its_still_frames():
     x, _ = scenes([60, 60, 60, 60], width=40, noise=0.2)
     found = clip_noise(x)

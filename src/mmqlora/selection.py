@@ -13,10 +13,10 @@ With x_t the features of frame t, v the deviation of their noise and q_t the wei
     min over cuts    sum over segments of [ sum_t q_t |(x_t - m) / v|^2 + price ]        m the mean of the segment
 
 The cut is the best there is (`segmentation`), found by dynamic programming. With a budget of frames the price plays no
-part. Without, it says how many frames are worth keeping: a segment must explain more than noise would by chance. So it
-is the most that noise of E independent dimensions, D in all, gives among the pairs of borders of F frames::
+part. Without, it says how many frames are worth keeping: a segment must explain more than noise of E independent
+dimensions, D in all, hardly ever does between any two borders among F frames::
 
-    price = D/E (E + 2 sqrt(E log F^2) + 2 log F^2)
+    price = D/E (E + 2 sqrt(E L) + 2 L)        L = log(10 F^2), for a chance of at most 1 in 20
 
 Twice the noise never keeps more frames. `Noise` may be that of the clip itself (`clip_noise`, the default), or what
 quantization does to the features of a model (`mmqlora.noise`), or the sum of both.
@@ -210,7 +210,7 @@ def select_frames(
     features = _features(media, progress)
     x = _checked(features.values)
     _check_options(method, budget, adaptive, noise, query, spacing, price)
-    job = _Job(x, min(budget or len(x), len(x)), adaptive or budget is None, noise, query, spacing, price, seed)
+    job = _Job(x, budget and min(budget, len(x)), adaptive or budget is None, noise, query, spacing, price, seed)
     found = SELECTORS[method][0](job)
     indices = np.sort(np.asarray(found.pop("indices"), np.int64))
     times = None if features.times is None else features.times[indices]
@@ -279,7 +279,7 @@ class _Job:
     """What a method is given: all of it checked."""
 
     x: np.ndarray
-    count: int
+    count: int | None  # None: as many as noise allows
     adaptive: bool
     noise: Any
     query: Any
