@@ -129,6 +129,16 @@ def test_a_long_clip_is_cut_where_its_scenes_change():
     assert cut(x, price=8 * 0.05**2 * 10).bounds.tolist() == borders
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_borders_are_moved_to_where_they_are_better_and_never_worse(seed, shortest):
+    x = walk(40, 2, seed)
+    rough = np.array([0, 9, 17, 30, 40])
+    fine = segmentation._polished(rough, x, x.mean(0), np.ones(40), shortest)
+    assert within(x, fine) <= within(x, rough) + 1e-9 and np.diff(fine).min() >= shortest
+    still, _ = scenes([10, 20])
+    assert segmentation._polished(np.array([0, 15, 30]), still, 0.0, np.ones(30), 1).tolist() == [0, 10, 30]
+
+
 def test_a_count_that_needs_too_much_memory_says_what_fits():
     with pytest.raises(SelectionError, match="expected at most 83"):
         cut(np.zeros((200_000, 1), np.float32), 300)

@@ -71,7 +71,8 @@ def thumbnail_features(
 
     Returns:
         `Features` (F, 3 * side * side) float32, the mean of each cell, 0 to 255. Of a file no more than 256 small
-        frames are in memory at once, beside the features: 69 MB for an hour at 25 frames a second.
+        frames are in memory at once, beside the features: 69 MB for an hour at 25 frames a second. The decoder, a
+        process of its own, may hold what it has read of the file and not decoded yet, all of it at most.
 
     Raises:
         SelectionError: frames of another shape, or none.
