@@ -24,7 +24,7 @@ from mmqlora import segmentation
 from mmqlora.datasets.worlds import Item, World
 from mmqlora.errors import MediaError, SelectionError
 from mmqlora.features import Features, mel_features, thumbnail_features
-from mmqlora.media import Audio, Video, read_audio, read_video, uniform_indices, write_video
+from mmqlora.media import Audio, Video, log_mel, read_audio, read_video, uniform_indices, write_video
 from mmqlora.noise import encoder_features, quantization_noise
 from mmqlora.segmentation import EVEN, cut
 from mmqlora.selection import SELECTORS, Noise, Selector, _Kernel, _representatives, clip_noise, select_frames
@@ -403,6 +403,8 @@ def test_noise_of_a_clip_is_that_of_its_still_frames():
     x, _ = scenes([60, 60, 60, 60], width=40, noise=0.2)
     found = clip_noise(x)
     assert 0.15 < found.deviation[0] < 0.21 and 25 < found.dimensions <= 40
+    flicker = np.random.default_rng(1).normal(size=(400, 2)) @ np.random.default_rng(2).normal(size=(2, 40))
+    assert 1 < clip_noise(flicker).dimensions < 3
     # Motion for a third of the time is no noise.
     x[80:160] += walk(80, 40)
     assert clip_noise(x).deviation[0] == pytest.approx(found.deviation[0], rel=0.1)
@@ -632,9 +634,11 @@ def test_what_was_heard_before_is_left_out_and_what_is_new_is_not():
         names = [event.subject for event in item.events]
         new = [index for index, name in enumerate(names) if name not in names[:index]]
         assert min(heard(item, spans)[index] for index in new) > 0
-    low, high = (np.sin(np.arange(4800) * step).astype(np.float32) for step in (0.1, 0.9))
-    still = np.zeros(4800, np.float32)
-    audio = Audio(np.concatenate([low, still, high, still, low, still, high, still]), 16000)
+    rng, still = np.random.default_rng(0), np.zeros(4800)
+    rise = np.clip(np.minimum(np.arange(4800), 4800 - np.arange(4800)) / 800, 0, 1)
+    tones = [rise * np.sin(np.arange(4800) * step + start) for start in (0.0, 0.7) for step in (0.1, 0.9)]
+    parts = [part for tone in tones for part in (tone + 1e-3 * rng.normal(size=4800), still)]
+    audio = Audio(np.concatenate(parts).astype(np.float32), 16000)
     spans = select_segments(audio, margin=0.0)
     assert spans.seconds.round(6).tolist() == [[0.0, 0.3], [0.6, 0.9]]
     assert spans.repeated == pytest.approx(0.6) and spans.silent == pytest.approx(1.2)
@@ -717,8 +721,12 @@ def test_speech_is_kept_and_pauses_are_not(real):
 
 
 def test_long_sounds_have_the_features_of_their_parts(monkeypatch):
-    audio = sounds()[4].audio
+    audio = sounds(shifts={"hiss": 1.0})[4].audio
     whole = mel_features(audio)
+    mel = log_mel(audio, 40)[0][: len(whole) * 10]
+    mel = np.maximum(mel, mel.max() - 60)[: len(mel) // 10 * 10].reshape(-1, 10, 40)
+    np.testing.assert_allclose(whole.values[: len(mel), :40], mel.mean(1), atol=1e-3)
+    np.testing.assert_allclose(whole.values[: len(mel), 40:], mel.std(1), atol=1e-3)
     monkeypatch.setattr(features_module, "HOPS", 37)
     np.testing.assert_allclose(mel_features(audio).values, whole.values, atol=1e-3)
     assert whole.times[1] - whole.times[0] == pytest.approx(0.1)

@@ -430,7 +430,6 @@ def _greedy_logdet(kernel: _Kernel, floors: np.ndarray, count: int, spacing: int
         order.append(t)
         gains.append(0.5 * math.log(left[t]))
         column = kernel.column(t) * root * root[t]
-        column[t] += noisy
         rows[k] = (column - rows[:k, t] @ rows[:k]) / math.sqrt(left[t])
         left = left - np.square(rows[k])
         free[max(0, t - spacing + 1) : t + spacing] = False
