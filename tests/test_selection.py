@@ -700,6 +700,13 @@ def test_silence_leaves_nothing(rate):
         spans.cut(Audio(np.zeros(2 * rate, np.float32), rate))
 
 
+def test_a_hum_far_below_the_loudest_is_silence():
+    hum = 1e-3 * np.random.default_rng(0).normal(size=48000)
+    hum[16000:24000] += np.sin(np.arange(8000) / 3)
+    spans = select_segments(Audio(hum.astype(np.float32), 16000), repeats=True, margin=0.0)
+    assert spans.seconds.tolist() == [[1.0, 1.5]] and spans.silent == pytest.approx(2.5)
+
+
 @pytest.mark.parametrize("length", [1, 100, 1599, 1601, 3200])
 def test_short_sounds_are_kept(length):
     sound = Audio(np.sin(np.arange(length) / 3).astype(np.float32) + 0.1, 16000)
