@@ -31,10 +31,12 @@ from .errors import (
     RankError,
     RecordError,
     RegionError,
+    SelectionError,
     SignalError,
     TimelineError,
     TrainingError,
 )
+from .features import Features, mel_features, thumbnail_features
 from .gates import TemporalLoraConfig, explain
 from .grids import run_grid
 from .ledger import Ledger
@@ -42,11 +44,14 @@ from .media import Audio, SkipBroken, Video, log_mel, read_audio, read_video, wr
 from .memory import Memory, measure
 from .methods import METHODS, adapt
 from .metrics import ErrorRate, character_error_rate, english_normalizer, word_error_rate
+from .noise import QuantizationNoise, encoder_features, quantization_noise
 from .planner import GPUS, Plan, plan
 from .ranks import Budget, Ranks, allocate_ranks
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
+from .selection import SELECTORS, Noise, Selection, Selector, clip_noise, select_frames
 from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
+from .spans import Spans, select_segments
 from .training import fine_tune
 
 __version__ = "0.1.0"
@@ -54,11 +59,13 @@ __version__ = "0.1.0"
 __all__ = [
     "GPUS",
     "METHODS",
+    "SELECTORS",
     "SIGNALS",
     "Audio",
     "Budget",
     "Calibration",
     "ErrorRate",
+    "Features",
     "GateError",
     "GridError",
     "LayerReport",
@@ -67,18 +74,24 @@ __all__ = [
     "MediaError",
     "Memory",
     "MethodError",
+    "Noise",
     "Plan",
     "PlanError",
     "QuantizationError",
+    "QuantizationNoise",
     "QuantizationReport",
     "RankError",
     "Ranks",
     "RecordError",
     "RegionError",
     "Regions",
+    "Selection",
+    "SelectionError",
+    "Selector",
     "SignalError",
     "Signals",
     "SkipBroken",
+    "Spans",
     "TemporalLoraConfig",
     "TimelineError",
     "TrainingError",
@@ -90,8 +103,10 @@ __all__ = [
     "benchmark",
     "calibrate",
     "character_error_rate",
+    "clip_noise",
     "close_cpu_traps",
     "compare",
+    "encoder_features",
     "english_normalizer",
     "explain",
     "fine_tune",
@@ -100,8 +115,10 @@ __all__ = [
     "log_mel",
     "make_record",
     "measure",
+    "mel_features",
     "plan",
     "pool_steps",
+    "quantization_noise",
     "quantization_report",
     "quantize",
     "read_audio",
@@ -109,7 +126,10 @@ __all__ = [
     "read_video",
     "regions",
     "run_grid",
+    "select_frames",
+    "select_segments",
     "signals",
+    "thumbnail_features",
     "thumbnail_signals",
     "video_signals",
     "word_error_rate",

@@ -66,3 +66,7 @@ class RankError(MMQLoRAError):
 
 class PlanError(MMQLoRAError):
     """A plan of memory that can't be made, such as one for negative frames or a model whose inputs are not known."""
+
+
+class SelectionError(MMQLoRAError):
+    """Features, noise or a budget that frames and segments can't be selected by, or a method that is unknown."""
