@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             quant_type=None if quant_type == "none" or given["method"] == "full" else quant_type,
             **{**given, "frozen": tuple(given["frozen"])},
         )
-        print(f"{found}\n\nGiB at the peak\n{(found.table() / 2**30).round(3).to_string()}")
+        print(f"{found.model}: {found}\n\nGiB at the peak\n{(found.table() / 2**30).round(3).to_string()}")
         if found.fits is False:
             less = found.fit()
             told = {key: value for key, value in less.settings.items() if value != found.settings[key]}

@@ -1,4 +1,4 @@
-"""Every byte of every tensor, from the operation that makes it to the moment that nothing needs it any more.
+"""Every byte of every tensor, from the operation that makes it to the moment that nothing needs it any more::
 
     with Ledger(model) as ledger:
         model(**inputs).loss.backward()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["GPUS", "Plan", "plan"]
+__all__ = ["GPU", "GPUS", "Plan", "plan"]
 
 logger = logging.getLogger("mmqlora")
 GIB = 2**30
@@ -49,7 +49,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """A card: what PyTorch can use of it (as its own messages say), and what a context takes."""
+    """A card of `GPUS`.
+
+    Attributes:
+        bytes: what PyTorch can use of it, as its own messages say.
+        context: bytes that a CUDA context takes beside its tensors.
+    """
 
     bytes: int
     context: int = int(0.5 * GIB)
@@ -139,9 +144,9 @@ class Plan:
     def __str__(self) -> str:
         """Say what it takes, in a line."""
         where = "" if self.limit is None else f" of {self.limit / GIB:.2f} on {self.settings['gpu']}"
-        verdict = {None: "", True: ": it fits", False: ": it does not fit"}[self.fits]
+        verdict = {None: "", True: ": fits", False: ": does not fit"}[self.fits]
         return (
-            f"{self.model}: {self.process / GIB:.2f} GiB{where}{verdict} "
+            f"{self.process / GIB:.2f} GiB{where}{verdict} "
             f"(allocated {self.allocated / GIB:.2f}, reserved {self.reserved / GIB:.2f})"
         )
 

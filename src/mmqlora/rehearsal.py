@@ -246,7 +246,11 @@ def _cuda_autocast() -> Iterator[None]:
 
         return run
 
+    enabled = torch.is_autocast_enabled
+
     with ExitStack() as stack:
+        # Asked without a device it is about the GPU; PEFT asks so.
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)))
         for name in ("layer_norm", "group_norm", "softmax", "log_softmax"):
             stack.enter_context(patch.object(F, name, exact(getattr(F, name))))
         yield

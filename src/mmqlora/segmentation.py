@@ -7,8 +7,8 @@ Example:
     >>> cut(steps, price=2.0).bounds.tolist()  # as many as pay for themselves
     [0, 4, 6, 12]
 
-With w_t the weights and m the weighted mean of a segment [i, j), its error is the sum of w_t |x_t - m|^2. Prefix sums
-give the errors of all segments with one product of matrices::
+With w_t the weights and m the weighted mean of a segment [i, j), its error is the sum of ``w_t |x_t - m|^2``. Prefix
+sums give the errors of all segments with one product of matrices::
 
     W_j, S_j, Q_j = sums over t < j of w_t, w_t x_t, w_t |x_t|^2
     c(i, j) = Q_j - Q_i - |S_j - S_i|^2 / (W_j - W_i)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -534,7 +534,7 @@ def _aks(job: _Job, threshold: float = 0.8, depth: int = 5) -> dict[str, Any]:
     return {"indices": order, "order": order}
 
 
-SELECTORS: MappingProxyType[str, tuple[Callable[[_Job], dict[str, Any]], str]] = MappingProxyType(
+SELECTORS: Mapping[str, tuple[Callable[..., dict[str, Any]], str]] = MappingProxyType(
     {
         "segments": (_segments, "the frame nearest to the mean of each of the best segments"),
         "logdet": (_logdet, "greedy: most information about all frames, over a floor of noise"),
