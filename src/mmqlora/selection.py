@@ -125,13 +125,13 @@ class Selection(Sequence):
     times: np.ndarray | None
     frames: int
     method: str
-    bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    gains: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    order: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    gains: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
     error: float = math.nan
     excess: float = 0.0
     price: float = 0.0
-    noise: Noise | None = None
+    noise: Noise | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Give the number of frames that were chosen, K."""
