@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,43 +35,32 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(width: int, inner: int, layers: int, heads: int, key_heads: int, words: int, **more: Any) -> Any:
-    return transformers.LlamaConfig(
+def config(kind: type[Any], width: int, inner: int, layers: int, heads: int, key_heads: int, **more: Any) -> Any:
+    """The configuration of a text model."""
+    return kind(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
-        vocab_size=words,
         max_position_embeddings=8192,
         **more,
     )
 
 
-def qwen(
-    width: int, inner: int, layers: int, heads: int, key_heads: int, words: int = 151936, tied: bool = True
-) -> Any:
-    return transformers.Qwen2Config(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=words,
-        tie_word_embeddings=tied,
-    )
-
-
+llama = partial(config, transformers.LlamaConfig)
+qwen = partial(config, transformers.Qwen2Config, vocab_size=151936, tie_word_embeddings=True)
+tied = {"tie_word_embeddings": True}
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "LLaMA-7B": lambda: llama(4096, 11008, 32, 32, 32, 32000),
-    "LLaMA-13B": lambda: llama(5120, 13824, 40, 40, 40, 32000),
-    "Llama-3.2-3B": lambda: llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, tie_word_embeddings=True),
-    "TinyLlama-1.1B": lambda: llama(2048, 5632, 22, 32, 4, 32000),
-    "SmolLM2-1.7B": lambda: llama(2048, 8192, 24, 32, 32, 49152, tie_word_embeddings=True),
-    "Qwen2.5-0.5B": lambda: qwen(896, 4864, 24, 14, 2),
-    "Qwen2.5-1.5B": lambda: qwen(1536, 8960, 28, 12, 2),
-    "Qwen2.5-3B": lambda: qwen(2048, 11008, 36, 16, 2),
-    "Qwen2.5-7B": lambda: qwen(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "LLaMA-7B": partial(llama, 4096, 11008, 32, 32, 32, vocab_size=32000),
+    "LLaMA-13B": partial(llama, 5120, 13824, 40, 40, 40, vocab_size=32000),
+    "Llama-3.2-3B": partial(llama, 3072, 8192, 28, 24, 8, vocab_size=128256, head_dim=128, **tied),
+    "TinyLlama-1.1B": partial(llama, 2048, 5632, 22, 32, 4, vocab_size=32000),
+    "SmolLM2-1.7B": partial(llama, 2048, 8192, 24, 32, 32, vocab_size=49152, **tied),
+    "Qwen2.5-0.5B": partial(qwen, 896, 4864, 24, 14, 2),
+    "Qwen2.5-1.5B": partial(qwen, 1536, 8960, 28, 12, 2),
+    "Qwen2.5-3B": partial(qwen, 2048, 11008, 36, 16, 2),
+    "Qwen2.5-7B": partial(qwen, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
 }
 
 
@@ -217,10 +207,9 @@ NOT_PREDICTED = (
 
 def predict(row: Row) -> dict[str, int]:
     """Bytes allocated and reserved, as the planner has them."""
-    config = CONFIGS[row.model]()
-    kind = transformers.AutoModelForCausalLM
+    text, kind = CONFIGS[row.model](), transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.bfloat16, attn_implementation=row.attention)
+        model = kind.from_config(text, dtype=torch.bfloat16, attn_implementation=row.attention)
     if row.bits == 4:
         quantize(model, "nf4", double_quant=row.double_quant, compute_dtype=torch.bfloat16)
         if row.prepared:
@@ -248,9 +237,9 @@ def main() -> None:
     for row in tqdm(ROWS):
         started = time.perf_counter()
         found = predict(row)
-        config = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(row).items()}
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(row).items()}
         measured = {"metrics": found, "wall_s": time.perf_counter() - started}
-        append_record(RECORDS, make_record("memory_published", config, 0, data="", measured=measured))
+        append_record(RECORDS, make_record("memory_published", settings, 0, data="", measured=measured))
         published = {name: getattr(row, name) for name in ("allocated", "reserved") if getattr(row, name)}
         said = ", ".join(f"{name} {found[name] / GIB:.2f} of {there / GIB:.2f}" for name, there in published.items())
         said = said or f"reserved {found['reserved'] / GIB:.2f}, {'fitted' if row.fits else 'did not fit'}"
