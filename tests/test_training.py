@@ -170,3 +170,17 @@ def test_the_peak_is_seen_after_it_has_passed():
         time.sleep(0.1)
         del block
     assert memory.peak_bytes - memory.start_bytes > 150e6
+
+
+def test_a_timeline_keeps_peaks_in_few_points():
+    with measure(every=0.001) as memory:
+        time.sleep(0.3)
+        block = torch.ones(50_000_000)
+        time.sleep(0.1)
+        del block
+        time.sleep(0.3)
+    seconds, used = zip(*memory.timeline, strict=True)
+    assert 3 <= len(memory.timeline) <= 50
+    assert seconds[0] == 0 and list(seconds) == sorted(seconds) and seconds[-1] >= 0.7
+    assert used[0] == memory.start_bytes and max(used) == memory.peak_bytes
+    assert used.index(max(used)) not in (0, len(used) - 1)

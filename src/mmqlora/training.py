@@ -91,7 +91,7 @@ def fine_tune(
 
     Returns:
         A run record (see `records.make_record`): ``metrics``, ``items``, ``losses`` (one a step), ``wall_s``,
-        ``cpu_s`` (of the training alone), ``peak_bytes``, ``start_bytes``, ``parameters``.
+        ``cpu_s`` (of the training alone), ``peak_bytes``, ``start_bytes``, ``memory`` (its timeline), ``parameters``.
 
     Raises:
         TrainingError: nothing to train, no data, an option out of range, a loss or a weight that is not finite, or a
@@ -169,6 +169,7 @@ def fine_tune(
         "resumed_from_step": int(start.name.split("-")[-1]) if start else 0,
         "start_bytes": memory.start_bytes,
         "peak_bytes": memory.peak_bytes,
+        "memory": memory.timeline,
         "parameters": {"trainable": sum(n for grad, n in counts if grad), "total": sum(n for _, n in counts)},
         "training": options,
     }
