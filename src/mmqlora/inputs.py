@@ -105,6 +105,8 @@ class _Maker:
         sizes, names = self.sizes, "pixel_values_videos" if "pixel_values_videos" in asks else "pixel_values"
         if "video_grid_thw" in asks:
             return self._packed(config)
+        if "video_position_ids" in asks:
+            return self._positioned(config)
         side = self._side(config)
         frames = getattr(config, "num_frames", None) or sizes.frames  # a model made for so many takes no others
         channels = getattr(config, "num_channels", 3)
@@ -159,6 +161,20 @@ class _Maker:
         self.block += [token for token in block if token is not None]
         return inputs
 
+    def _positioned(self, config: Any) -> dict[str, Any]:
+        """Patches of each frame in a row, with their places."""
+        patch, pool, frames = config.patch_size, config.pooling_kernel_size, self.sizes.batch_size * self.sizes.frames
+        side = max(pool, (self.sizes.pixels or 448) // patch // pool * pool)
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        places = torch.stack([columns.flatten(), rows.flatten()], dim=-1)
+        inputs = {
+            "pixel_values_videos": _empty(frames, side**2, 3 * patch**2),
+            "video_position_ids": places.expand(frames, -1, 2),
+            "num_frames_per_video": torch.full((self.sizes.batch_size,), self.sizes.frames),
+        }
+        self._stand_for(["video"], inputs)
+        return inputs
+
     # Sounds
 
     def audio(self) -> dict[str, Any]:
@@ -203,6 +219,9 @@ class _Maker:
             token = _token(self.config, kind)
             if token is None:
                 continue
+            if count := getattr(self.config, f"{kind}_soft_tokens_per_image", None) if kind == "audio" else None:
+                self.block += [token] * count  # what a sound lacks is made up for
+                return
             owners = (self.model, getattr(self.model, "model", None))
             if not any(hasattr(owner, f"get_{kind}_features") for owner in owners):
                 # Qwen2-Audio and its kin halve the mel frames twice.
