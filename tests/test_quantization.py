@@ -450,6 +450,9 @@ def test_weights_that_are_not_loaded():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=64))
     with pytest.raises(QuantizationError, match="not loaded"):
+        q.quantize(model, "int8")  # there is nothing to plan with
+    model.model.layers[0].mlp.up_proj.to_empty(device="cpu")
+    with pytest.raises(QuantizationError, match="not loaded .*q_proj"):
         q.quantize(model)
 
 

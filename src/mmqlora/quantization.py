@@ -179,7 +179,8 @@ def quantize(
     weights bitsandbytes would read back wrongly (`close_cpu_traps`).
 
     Args:
-        model: a model in 16 or 32 bits, usually a `transformers.PreTrainedModel`, without adapters.
+        model: a model in 16 or 32 bits, usually a `transformers.PreTrainedModel`, without adapters. One on the meta
+            device gets layers without weights, for `plan`.
         quant_type: "nf4", "fp4" or "int8".
         double_quant: store the scales of 4-bit blocks in 8 bits (4.127 bits a weight instead of 4.5).
         compute_dtype: dtype of the matrix products of 4-bit layers. Default: float32 on a CPU, and on a GPU
@@ -199,6 +200,12 @@ def quantize(
         (arXiv 2208.07339) for "int8".
     """
     _check(model, quant_type)
+    missing = [name for name, module in _linears(model).items() if module.weight.is_meta]
+    if missing and (len(missing) < len(_linears(model)) or quant_type == "int8"):
+        raise QuantizationError(
+            f"the model has weights that are not loaded (on the meta device), such as {missing[0]}; load them first. "
+            "A model without any weights can be quantized to 4 bits, to plan with."
+        )
     device = next(model.parameters()).device
     kept = _left_alone(model, quant_type, exclude, device)
     config = _config(quant_type, double_quant, compute_dtype or _default_dtype(device), _skip_list(model, kept))
