@@ -452,7 +452,7 @@ def test_weights_that_are_not_loaded():
     with pytest.raises(QuantizationError, match="not loaded"):
         q.quantize(model, "int8")  # there is nothing to plan with
     model.model.layers[0].mlp.up_proj.to_empty(device="cpu")
-    with pytest.raises(QuantizationError, match="not loaded .*q_proj"):
+    with pytest.raises(QuantizationError, match=r"not loaded .*q_proj"):
         q.quantize(model)
 
 
