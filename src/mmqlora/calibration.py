@@ -1,4 +1,4 @@
-"""One pass over some batches: along which directions the loss falls fastest, for every frozen Linear of a model.
+"""One pass over some batches: along which directions the loss falls fastest, for every frozen Linear of a model::
 
     calibration = mm.calibrate(model, batches)
     calibration.spectra["model.encoder.layers.0.fc1"].energies     # squared singular values of the weight's gradient

@@ -1,4 +1,4 @@
-"""Every way of fine-tuning that the book compares, behind one function.
+"""Every way of fine-tuning that the book compares, behind one function::
 
     model = adapt(model, "dora", quant_type="nf4", rank=8)
 
