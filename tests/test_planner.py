@@ -88,6 +88,15 @@ def test_hollow_four_bit_weights_are_as_large_as_real_ones():
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hollow_four_bit_layers_compute_in_the_type_of_their_weights(dtype):
+    with torch.device("meta"):
+        skeleton = ARCHITECTURES["Llama"]().to(dtype)
+    mm.quantize(skeleton, "nf4")
+    layers = [module for module in skeleton.modules() if hasattr(module, "compute_dtype")]
+    assert layers and {module.compute_dtype for module in layers} == {dtype}
+
+
 def rehearsed(optimizer: str, width: int = 512) -> Ledger:
     class Model(nn.Module):
         def __init__(self) -> None:

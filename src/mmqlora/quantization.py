@@ -184,7 +184,7 @@ def quantize(
         quant_type: "nf4", "fp4" or "int8".
         double_quant: store the scales of 4-bit blocks in 8 bits (4.127 bits a weight instead of 4.5).
         compute_dtype: dtype of the matrix products of 4-bit layers. Default: float32 on a CPU, and on a GPU
-            bfloat16, or float16 where the GPU has no bfloat16.
+            bfloat16, or float16 where the GPU has no bfloat16; on the meta device that of the weights.
         exclude: what to leave alone. A region's name ("vision", "audio", "fusion", "text") or a regular expression
             that is searched anywhere in the full names of the Linears; one, or several.
 
@@ -208,7 +208,9 @@ def quantize(
         )
     device = next(model.parameters()).device
     kept = _left_alone(model, quant_type, exclude, device)
-    config = _config(quant_type, double_quant, compute_dtype or _default_dtype(device), _skip_list(model, kept))
+    # Without weights there is no device either; they say by their type what it will be.
+    usual = model.get_submodule(missing[0]).weight.dtype if missing else _default_dtype(device)
+    config = _config(quant_type, double_quant, compute_dtype or usual, _skip_list(model, kept))
     before, errors = {}, {}
     for name in list(_linears(model)):  # names only: a reference to a module would keep its old weight alive
         before[name] = _nbytes(model.get_submodule(name).weight)
