@@ -3,12 +3,13 @@
     cd book && python -m experiments.selection frames     # every selector, and a model as it comes
     cd book && python -m experiments.selection sounds     # the same for segments of sound
     cd book && python -m experiments.selection floors     # how many frames, by what is taken for noise
+    cd book && python -m experiments.selection prices     # thumbnails, or what the encoder makes of the frames
     cd book && python -m experiments.selection cache      # frames and bits under one budget of memory
     cd book && python -m experiments.selection trained --tune   # learning rates: before the next
     cd book && python -m experiments.selection trained    # QLoRA on the frames of a selector
 
 Clips of 48 to 64 frames, two to four times as long as those that the base model has seen. It is in NF4 throughout.
-Selectors see thumbnails, but for "floors" and "cache", where they see what the model itself computes. Each seed has
+Selectors see thumbnails, but for "floors", "prices" and "cache", where they see what the model itself computes. Each seed has
 clips of its own; what is tuned, or calibrated, has others.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +53,12 @@ BITS = (16, 8, 4, 3, 2)
 GRAINS = (0.0, 0.1)
 FLOORS = ("none", "clip", "difference", "error")
 MOST = 24  # frames that the base model has seen in training
+FEATURES = {
+    "thumbnails": (0, None),
+    "first layer, NF4": (1, 4),
+    "encoder, NF4": (None, 4),
+    "encoder, 16 bits": (None, 16),
+}
 STORED = (16, 8, 6, 5, 4, 3, 2)
 STORES = (16, 32, 64, 96)  # bits for each feature of a clip, all its frames together
 BLOCK = 64  # numbers that share a scale
@@ -218,6 +226,21 @@ def floors(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return record(config, seed, data, {**truth(items, keeps), "frames": counts, **scores}, **more)
 
 
+def prices(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The same frames to choose from, seen as thumbnails, behind the first layer or behind all of the encoder."""
+    items, data = mixed(TEST + seed)
+    layer, bits = FEATURES[config["features"]]
+    start = time.process_time()
+    if bits is None:
+        found = [thumbnail_features(item.frames) for item in items]
+    else:
+        found = [one for batch in batches(items) for one in encoder_features(at_bits(bits), batch, layer=layer)]
+    spent = (time.process_time() - start) / len(items)
+    keeps = [select_frames(one, config["budget"]).indices for one in found]
+    scores = benchmark.evaluate(_model("video"), benchmark.READERS["video"], with_frames(items, keeps))["items"]
+    return record(config, seed, data, {**truth(items, keeps), **scores}, cpu_s=spent)
+
+
 @contextmanager
 def stored(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """What the connector gives the decoder, one row a frame, as it comes out of a store."""
@@ -370,6 +393,8 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
             for grain in GRAINS
             for floor in (FLOORS if bits < 16 else FLOORS[:2])
         ]
+    elif part == "prices":
+        cells = [{"features": name, "budget": budget} for name in FEATURES for budget in (4, 6, 8)]
     elif part == "cache":
         cells = [
             {"store": store, "bits": bits, "method": method}
@@ -387,7 +412,7 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("frames", "sounds", "floors", "cache", "trained"))
+    parser.add_argument("part", choices=("frames", "sounds", "floors", "prices", "cache", "trained"))
     parser.add_argument("--tune", action="store_true", help="of 'trained'")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
