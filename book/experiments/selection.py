@@ -9,8 +9,8 @@
     cd book && python -m experiments.selection trained    # QLoRA on the frames of a selector
 
 Clips of 48 to 64 frames, two to four times as long as those that the base model has seen. It is in NF4 throughout.
-Selectors see thumbnails, but for "floors", "prices" and "cache", where they see what the model itself computes. Each seed has
-clips of its own; what is tuned, or calibrated, has others.
+Selectors see thumbnails, but for "floors", "prices" and "cache", where they see what the model itself computes. Each
+seed has clips of its own; what is tuned, or calibrated, has others.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def mixed(seed: int, grain: float = 0.0, each: int = 20) -> tuple[list[Item], st
 
 
 def floors(config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """As many frames as a floor of noise says, at most `MOST`."""
+    """As many frames as a floor of noise says, at most `MOST`; or so many, of which it says how many show something."""
     bits, grain = config["bits"], config["grain"]
     items, data = mixed(TEST + seed, grain)
     noise: Any = None
@@ -216,7 +216,11 @@ def floors(config: dict[str, Any], seed: int) -> dict[str, Any]:
         noise = measured(bits, grain)
         if config["floor"] == "error":
             noise = Noise(noise.errors, noise.dimensions)
-    keeps = [select_frames(one, MOST, adaptive=True, noise=noise).indices for one in seen(bits, seed, grain)]
+    budget = config["budget"]
+    keeps = [
+        select_frames(one, budget or MOST, adaptive=budget is None, noise=noise).indices
+        for one in seen(bits, seed, grain)
+    ]
     scores = benchmark.evaluate(at_bits(bits), benchmark.READERS["video"], with_frames(items, keeps))["items"]
     counts = [float(len(keep)) for keep in keeps]
     more = {}
@@ -388,9 +392,10 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
         cells += [{"pace": p, "method": m, "budget": None} for p in PACES for m in ("all", *methods[:2])]
     elif part == "floors":
         cells = [
-            {"bits": bits, "grain": grain, "floor": floor}
+            {"bits": bits, "grain": grain, "budget": budget, "floor": floor}
             for bits in BITS
             for grain in GRAINS
+            for budget in (None, 16)
             for floor in (FLOORS if bits < 16 else FLOORS[:2])
         ]
     elif part == "prices":

@@ -267,7 +267,8 @@ def _pieces(
             found = _priced(costs, table, price, shortest)
             own = costs.error(found) + price * (len(found) - 1)
             if count is not None and len(found) - 1 > count:
-                found = _traced(_layers(table, count)[1], count)
+                number = min(max(count, PIECES), len(found) - 1)
+                found = _traced(_layers(table, number)[1], number)
         else:
             number = min(max(count, PIECES), (b - a) // shortest)
             ends, back = _layers(table, number)

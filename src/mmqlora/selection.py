@@ -12,13 +12,14 @@ With x_t the features of frame t, v the deviation of their noise and q_t the wei
 
     min over cuts    sum over segments of [ sum_t q_t |(x_t - m) / v|^2 + price ]        m the mean of the segment
 
-The cut is the best there is (`segmentation`), found by dynamic programming. With a budget of frames the price plays no
-part. Without, it says how many frames are worth keeping: a segment must explain more than noise of E independent
-dimensions, D in all, hardly ever does between any two borders among F frames::
+The cut is the best there is (`segmentation`), found by dynamic programming. The price says how many frames are worth
+keeping: a segment must explain more than noise of E independent dimensions, D in all, hardly ever does between any two
+borders among F frames::
 
     price = D/E (E + 2 sqrt(E L) + 2 L)        L = log(10 F^2), for a chance of at most 1 in 20
 
-Twice the noise never keeps more frames. `Noise` may be that of the clip itself (`clip_noise`, the default), or what
+A budget of fewer frames gives as many segments. Frames that a budget has beyond that have nothing new to show: they are
+second looks, shared out equally among segments. Twice the noise never finds more segments. `Noise` may be that of the clip itself (`clip_noise`, the default), or what
 quantization does to the features of a model (`mmqlora.noise`), or the sum of both.
 """
 
@@ -113,11 +114,12 @@ class Selection(Sequence):
         frames: how many there were to choose from, F.
         method: a key of `SELECTORS`.
         bounds: (K + 1,) int64 of method "segments": the k-th frame stands for frames ``bounds[k]`` to ``bounds[k+1]``.
+            A segment of which several frames are kept is divided between them.
         order: (K,) int64, the indices in the order in which a greedy method took them.
         gains: (K,) float64, what each of those added: nats of "logdet"; the distance to those before of "kcenter".
         error: squared error within segments, in units of noise; NaN of the other methods.
         excess: the most by which error and prices could be above the least there is; 0 for up to 1,024 frames.
-        price: of a segment, in the unit of the error; 0 with a fixed budget.
+        price: of a segment, in the unit of the error; 0 of the other methods.
         noise: what the error is measured in.
     """
 
@@ -185,9 +187,9 @@ def select_frames(
             features of a row a frame: `Features`, or (F, D).
         budget: frames to keep, K; all, where there are fewer. None: as many as the noise says.
         method: a key of `SELECTORS`.
-        adaptive: take the budget for the most, and keep as many as the noise says. Of "segments" only.
+        adaptive: take the budget for the most, and keep as many as the noise says: no second looks. Of "segments" only.
         noise: deviation of the features where nothing changes: `Noise`, one number, (D,), or (F, 1), one for each
-            frame. None: `clip_noise`. With a fixed budget only ratios matter to "segments".
+            frame. None: `clip_noise`.
         query: (F,), how relevant each frame is, 0 or more; for "segments", "logdet" and "aks".
         spacing: least number of frames from one that is chosen to the next. It may leave fewer than the budget.
         price: factor on the price of a segment: above 1 for fewer frames.
@@ -195,8 +197,8 @@ def select_frames(
         progress: show a progress bar while a file is decoded.
 
     Returns:
-        A `Selection`, in order of time. Where nothing changes, frames are spread evenly. "segments" is exact for up to
-        1,024 frames (and ``spacing=1``); beyond, it is at most 5 times the least, and `Selection.excess` tells more.
+        A `Selection`, in order of time. Where nothing changes, frames are spread evenly. The cut of "segments" is exact
+        for up to 1,024 frames; beyond, it is at most 5 times the least, and `Selection.excess` tells more.
 
     Raises:
         SelectionError: no frame; features, noise or query that are not finite or of another shape; an unknown method,
@@ -325,19 +327,32 @@ def _segments(job: _Job) -> dict[str, Any]:
     noise, factor = job.measured()
     x = job.x / noise.deviation.astype(job.x.dtype)
     weights = np.square(1 / factor) if job.weights is None else job.weights / np.square(factor)
-    price = job.price * _price(job.x.shape[1], noise.dimensions, len(x)) if job.adaptive else 0.0
+    price = job.price * _price(job.x.shape[1], noise.dimensions, len(x))
     shortest = min(job.spacing, len(x))
     found = cut(x, job.count, price, weights, shortest)
-    indices = _representatives(x, found.bounds, weights, shortest)
+    bounds = found.bounds if job.adaptive else _looks(found.bounds, job.count, weights, shortest)
+    indices = _representatives(x, bounds, weights, shortest)
     excess = max(0.0, found.objective - found.lower)
     return {
         "indices": indices,
-        "bounds": found.bounds,
+        "bounds": bounds,
         "error": found.error,
         "excess": excess,
         "price": price,
         "noise": noise,
     }
+
+
+def _looks(bounds: np.ndarray, count: int, weights: np.ndarray, shortest: int) -> np.ndarray:
+    """Share out the frames beyond one for each segment, one by one, to where a frame stands for most relevance."""
+    length = np.diff(bounds)
+    room = np.maximum(1, length // shortest)
+    worth = np.add.reduceat(weights, bounds[:-1]) / length + 1e-9 * length  # of equals, the longest
+    looks = np.ones(len(length), np.int64)
+    for _ in range(min(count, int(room.sum())) - len(length)):
+        looks[np.where(looks < room, worth / looks, -np.inf).argmax()] += 1
+    parts = [a + np.arange(n) * (b - a) // n for (a, b), n in zip(pairwise(bounds), looks, strict=True)]
+    return np.append(np.concatenate(parts), bounds[-1])
 
 
 def _price(width: int, dimensions: float, length: int) -> float:
