@@ -289,6 +289,27 @@ def test_no_scene_is_shown_twice_before_all_were_shown(order, lengths, budget):
         assert len(set(which[mixed][found.indices])) == budget, method
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 30))
+def test_second_looks_are_shared_out_equally(lengths, budget):
+    x, which = scenes(lengths)
+    keep = select_frames(x, budget, noise=0.01)
+    assert len(keep) == min(budget, len(x)) == len(set(keep))
+    assert keep.bounds[0] == 0 and keep.bounds[-1] == len(x)
+    assert (keep.bounds[:-1] <= keep.indices).all() and (keep.indices < keep.bounds[1:]).all()
+    if budget >= len(lengths):
+        looks = np.bincount(which[keep.indices], minlength=len(lengths))
+        full = looks == np.array(lengths)
+        assert looks.min(initial=99, where=~full) >= looks.max() - 1  # all but those that have no more frames
+
+
+def test_second_looks_go_where_the_query_is():
+    x, which = scenes([30, 30])
+    keep = select_frames(x, 8, noise=0.01, query=np.where(which == 0, 3.0, 1.0))
+    assert np.bincount(which[keep.indices]).tolist() == [6, 2]
+    most = select_frames(x, 8, noise=0.01, query=np.where(which == 1, 1.0, 1e-3))
+    assert np.bincount(which[most.indices]).tolist() == [1, 7]
+
+
 @given(clips((1, 30)), st.floats(0.05, 5), st.floats(1, 10), st.one_of(st.none(), st.integers(1, 10)))
 def test_more_noise_never_keeps_more(x, noise, factor, budget):
     quiet, loud = (select_frames(x, budget, adaptive=True, noise=level) for level in (noise, noise * factor))

@@ -3,6 +3,7 @@
     cd book && python -m experiments.selection frames     # every selector, and a model as it comes
     cd book && python -m experiments.selection sounds     # the same for segments of sound
     cd book && python -m experiments.selection floors     # how many frames, by what is taken for noise
+    cd book && python -m experiments.selection heights    # how high the floor of log-determinants is
     cd book && python -m experiments.selection prices     # thumbnails, or what the encoder makes of the frames
     cd book && python -m experiments.selection cache      # frames and bits under one budget of memory
     cd book && python -m experiments.selection trained --tune   # learning rates: before the next
@@ -53,6 +54,7 @@ BITS = (16, 8, 4, 3, 2)
 GRAINS = (0.0, 0.1)
 FLOORS = ("none", "clip", "difference", "error")
 MOST = 24  # frames that the base model has seen in training
+HEIGHTS = (0.0, 1e-3, 0.1, 1.0, 10.0, 100.0)  # gray levels of 255
 FEATURES = {
     "thumbnails": (0, None),
     "first layer, NF4": (1, 4),
@@ -230,6 +232,15 @@ def floors(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return record(config, seed, data, {**truth(items, keeps), "frames": counts, **scores}, **more)
 
 
+def heights(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Log-determinants with a floor of some height, or of none."""
+    items, data = clips(TEST + seed, "bursty")
+    method = {"method": "logdet", "noise": config["height"]} if config["height"] else {"method": "logdet-no-noise"}
+    keeps = [select_frames(one, 16, **method).indices for one in small(TEST + seed, "bursty")]
+    scores = benchmark.evaluate(_model("video"), benchmark.READERS["video"], with_frames(items, keeps))["items"]
+    return record(config, seed, data, {**truth(items, keeps), **scores})
+
+
 def prices(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """The same frames to choose from, seen as thumbnails, behind the first layer or behind all of the encoder."""
     items, data = mixed(TEST + seed)
@@ -398,6 +409,8 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
             for budget in (None, 16)
             for floor in (FLOORS if bits < 16 else FLOORS[:2])
         ]
+    elif part == "heights":
+        cells = [{"height": height} for height in HEIGHTS]
     elif part == "prices":
         cells = [{"features": name, "budget": budget} for name in FEATURES for budget in (4, 6, 8)]
     elif part == "cache":
@@ -417,7 +430,7 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("frames", "sounds", "floors", "prices", "cache", "trained"))
+    parser.add_argument("part", choices=("frames", "sounds", "floors", "heights", "prices", "cache", "trained"))
     parser.add_argument("--tune", action="store_true", help="of 'trained'")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
