@@ -39,7 +39,7 @@ class Results:
     def __init__(self) -> None:
         self.records = {
             part: read_records(RECORDS / f"selection_{part}.jsonl")
-            for part in ("frames", "sounds", "floors", "prices", "cache", "trained", "speech", "cost")
+            for part in ("frames", "sounds", "floors", "heights", "prices", "cache", "trained", "speech", "cost")
         }
 
     def table(self, part: str) -> pd.DataFrame:
@@ -108,9 +108,10 @@ class Results:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
         return figure
 
-    def floors(self, measure: str = "frames") -> pd.DataFrame:
+    def floors(self, measure: str, budget: int | None) -> pd.DataFrame:
         """Means by noise in the video and bits (rows), and by what is taken for noise."""
         table = self.table("floors")
+        table = table[table["budget"].isna() if budget is None else table["budget"] == budget]
         found = table.pivot_table(measure, ["grain", "bits"], "floor")[list(FLOORS)]
         return found.reindex([(grain, bits) for grain in GRAINS for bits in BITS])
 
