@@ -143,9 +143,6 @@ class Results:
             mean = own.groupby("bits")["word_accuracy"].agg(["mean", "sem", "count"])
             wide = mean["sem"] * student.ppf(0.975, mean["count"] - 1)
             axes.errorbar(mean.index, mean["mean"], wide, color=color, marker="o", lw=2, label=f"{store}")
-            for bits in mean.index:
-                frames = int(own[own["bits"] == bits]["frames"].iloc[0])
-                axes.annotate(f"{frames}", (bits, mean["mean"][bits]), (0, 6), textcoords="offset points", fontsize=8)
         for name, style in (("difference", "-"), ("error", "--")):
             axes.axvline(self.fewest(name), color="#d55e00", ls=style, lw=1.5, label=f"says the {name}")
         bits = sorted(table["bits"].unique())
@@ -178,7 +175,7 @@ def plot_choices(item: Item, kept: Mapping[str, Sequence[int]]) -> Figure:
     """What selectors keep of a clip, a row a selector: events in color, states between them in turns."""
     figure, axes = plt.subplots(figsize=(7.2, 1.3 + 0.32 * len(kept)))
     for number, (first, end) in enumerate(states(item)):
-        axes.axvspan(first - 0.5, end - 0.5, color="0.93" if number % 2 else "0.98", lw=0)
+        axes.axvspan(first - 0.5, end - 0.5, color="0.88" if number % 2 else "0.96", lw=0)
     for number, (first, end) in enumerate(happening(item)):
         axes.axvspan(first - 0.5, end - 0.5, color=f"C{number}", alpha=0.45, lw=0, label=item.events[number].phrase)
     for row, frames in enumerate(kept.values()):
