@@ -206,6 +206,31 @@ def test_cut_short_is_an_error_that_counts_and_the_rest_can_be_read(clip: tuple[
     assert (video.frames == frames[:12]).all() and len(video.notes) == 1
 
 
+def test_a_span_of_a_video_is_read_by_its_times(clip: tuple[Path, np.ndarray]) -> None:
+    path, frames = clip
+    video = read_video(path, start=0.2, stop=0.4)  # 25 frames a second: frame 5 is first shown at 0.2 s
+    assert video.indices.tolist() == [5, 6, 7, 8, 9] and (video.frames == frames[5:10]).all()
+    assert video.times[0] == 0.2 and video.count == 20
+    assert read_video(path, 2, start=0.2, stop=0.4).indices.tolist() == [6, 8]
+    assert read_video(path, start=0.7, stop=9).indices.tolist() == [18, 19]
+    for start, stop in ((0.8, None), (0.4, 0.4), (0.21, 0.23), (-1, 0.4)):
+        with pytest.raises(MediaError, match=r"no frames in .*holds 0\.8 s"):
+            read_video(path, 4, start=start, stop=stop)
+    with pytest.raises(MediaError, match="not with indices"):
+        read_video(path, [3], start=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*announces")
+def test_a_span_before_the_cut_of_a_video_can_be_read_and_one_beyond_it_can_not(clip: tuple[Path, np.ndarray]) -> None:
+    path, frames = clip
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"movi") + 4 + 12 * (8 + 36 * 64 * 3)])
+    assert (read_video(path, start=0.2, stop=0.4).frames == frames[5:10]).all()
+    for start, stop in ((0.4, 0.6), (0.4, None), (0.6, 0.7)):
+        with pytest.raises(MediaError, match=r"12 of 20 frames .*cut short"):
+            read_video(path, start=start, stop=stop)
+
+
 @pytest.mark.filterwarnings("ignore:.*complained")  # decord reads ahead, now and then as far as the damage
 def test_a_damaged_frame_is_named_and_the_rest_can_be_read(tmp_path: Path) -> None:
     smooth = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None] * 10, (20, 48, 64, 3))

@@ -155,12 +155,15 @@ def read_video(
     frames: int | Sequence[int] | np.ndarray | None = None,
     size: tuple[int, int] | None = None,
     timeout: float = 20.0,
+    start: float = 0.0,
+    stop: float | None = None,
 ) -> Video:
-    """Decode all frames of a video, a number of them evenly spread, or those with given indices.
+    """Decode all frames of a video or of a span of it, a number of them evenly spread, or those with given indices.
 
     Example:
         >>> read_video("clip.mp4", frames=8)  # doctest: +SKIP
         >>> read_video("clip.mp4", frames=[0, 10, 20], size=(36, 64))  # doctest: +SKIP
+        >>> read_video("whole.mp4", frames=8, start=122, stop=132)  # doctest: +SKIP
 
     A file that was cut short holds fewer frames than it announces. All of it, or a number of frames, is then an error
     that says how many can be decoded; indices among those can still be read. Right before damaged data decord loses
@@ -172,12 +175,16 @@ def read_video(
         frames: None for all; F for `uniform_indices(count, F)`; or the indices themselves, in any order.
         size: (height, width) to scale to while decoding, much faster than scaling afterwards; None keeps the file's.
         timeout: Seconds for the whole call, after which the decoder is ended.
+        start: Second at which the span starts: its frames are those first shown from `start` on and before `stop`.
+        stop: Second at which the span stops; None, or later than the end, goes to the end. Neither changes what
+            `times` and `indices` count from, and indices that are given in `frames` take no span.
 
     Returns:
         Frames uint8 (F, H, W, 3), with times in seconds, indices, rate and duration.
 
     Raises:
-        MediaError: If the file is missing, is no video, is damaged where it was asked for, or takes too long.
+        MediaError: If the file is missing, is no video, is damaged where it was asked for, holds no frame in the span,
+            or takes too long.
     """
     name = _regular_file(path)
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -187,19 +194,27 @@ def read_video(
         count, promised = head["count"], head["announced"] or head["count"]
         total = promised if head["cut"] else count  # in a whole file, an announced number that differs is a wrong one
         shown = decoder.receive(np.empty((count, 2)))
+        clock: list[str] = []  # what is odd about the times
+        times, rate, duration = _timeline(name, shown, head["rate"], clock)
+        first, last = np.searchsorted(times, [start, np.inf if stop is None else stop])
         whole = frames is None or isinstance(frames, (int, np.integer))
+        if whole and total > count and last == count:
+            raise _incomplete(decoder, name, total, timeout, "the file was cut short")
+        if whole and not (start >= 0 and first < last):
+            span = f"{start:g} to {'the end' if stop is None else f'{stop:g}'} s"
+            raise MediaError(f"{name}: no frames in {span}; the file holds {duration:g} s")
         if frames is None:
-            indices = np.arange(count)
+            indices = np.arange(first, last)
         elif whole:
-            indices = uniform_indices(count, int(frames))
+            indices = first + uniform_indices(last - first, int(frames))
+        elif (start, stop) != (0.0, None):
+            raise MediaError(f"{name}: a span ({start:g} to {stop} s) goes with a number of frames, not with indices")
         else:
             indices = np.asarray(frames)
             if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
                 raise MediaError(f"frames must be None, an int or a list of ints, not {frames!r}")
             if indices.size and not 0 <= indices.min() <= indices.max() < count:
                 raise MediaError(f"{name}: frames 0 to {count - 1} exist, not {indices.min()} to {indices.max()}")
-        if whole and total > count:
-            raise _incomplete(decoder, name, total, timeout, "the file was cut short")
         try:
             # An empty choice decodes one frame all the same: only the decoder knows the size of a rotated one.
             pixels = decoder.read(indices if indices.size else np.array([0]))[: len(indices)]
@@ -208,7 +223,7 @@ def read_video(
         notes = decoder.complaints()
     if promised != count:
         notes.append(f"the container announces {promised} frames and holds {count}")
-    times, rate, duration = _timeline(name, shown, head["rate"], notes)
+    notes += clock
     for note in notes:
         warnings.warn(f"{name}: {note}", stacklevel=2)
     return Video(
