@@ -423,7 +423,7 @@ def test_a_long_video_is_chosen_from_as_a_short_one(options, count):
 def test_noise_of_a_clip_is_that_of_its_still_frames():
     x, _ = scenes([60, 60, 60, 60], width=40, noise=0.2)
     found = clip_noise(x)
-    assert 0.15 < found.deviation[0] < 0.21 and 25 < found.dimensions <= 40
+    assert 0.18 < found.deviation[0] < 0.22 and 25 < found.dimensions <= 40
     flicker = np.random.default_rng(1).normal(size=(400, 2)) @ np.random.default_rng(2).normal(size=(2, 40))
     assert 1 < clip_noise(flicker).dimensions < 3
     # Motion for a third of the time is no noise.
@@ -431,6 +431,13 @@ def test_noise_of_a_clip_is_that_of_its_still_frames():
     assert clip_noise(x).deviation[0] == pytest.approx(found.deviation[0], rel=0.1)
     assert clip_noise(np.zeros((5, 3))).deviation.tolist() == [1.0, 1.0, 1.0]
     assert clip_noise(np.ones((1, 3))).deviation.min() > 0
+
+
+@pytest.mark.parametrize("width", [1, 4, 30])
+def test_noise_of_a_clip_is_not_too_small(width):
+    x = np.random.default_rng(width).normal(0, 3, (2000, width))
+    assert clip_noise(x).deviation == pytest.approx(3, rel=0.1)
+    assert clip_noise(x).dimensions == pytest.approx(width, rel=0.15)
 
 
 def test_noises_add_up():

@@ -19,8 +19,10 @@ borders among F frames::
     price = D/E (E + 2 sqrt(E L) + 2 L)        L = log(10 F^2), for a chance of at most 1 in 20
 
 A budget of fewer frames gives as many segments. Frames that a budget has beyond that have nothing new to show: they are
-second looks, shared out equally among segments. Twice the noise never finds more segments. `Noise` may be that of the clip itself (`clip_noise`, the default), or what
-quantization does to the features of a model (`mmqlora.noise`), or the sum of both.
+second looks, shared out equally among segments. Twice the noise never finds more segments.
+
+`Noise` may be that of the clip itself (`clip_noise`, the default), or what quantization does to the features of a model
+(`mmqlora.noise`), or the sum of both.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from .errors import SelectionError
@@ -225,14 +228,15 @@ def clip_noise(features: Features | np.ndarray | Tensor) -> Noise:
     Example:
         >>> still = np.random.default_rng(0).normal(0, 3, (400, 50))
         >>> noise = clip_noise(still)
-        >>> bool(2 < noise.deviation[0] < 3.3), bool(35 < noise.dimensions <= 50)
+        >>> bool(2.7 < noise.deviation[0] < 3.3), bool(35 < noise.dimensions <= 50)
         (True, True)
 
     Args:
         features: (F, D). The noise of all D is taken to be the same, and no less than a thousandth of the contrast.
 
     Returns:
-        A `Noise`. It is too small by about a fifth, as the stillest steps are also those with the least noise.
+        A `Noise`. The stillest steps are also those with the least noise by chance; of 32 steps or more that is made
+        up for, as if nothing moved in any of them.
     """
     x = _checked(features.values if isinstance(features, Features) else features)
     # The square of a contrast so small that only rounding is left.
@@ -246,6 +250,8 @@ def clip_noise(features: Features | np.ndarray | Tensor) -> Noise:
     dimensions = float(x.shape[1])
     if variance > least and len(quiet) >= 8:
         dimensions = independent(step[np.sort(quiet)])
+        # The mean of the lowest quarter of chi squared, over that of all of it.
+        variance /= 4 * chi2.cdf(chi2.ppf(0.25, dimensions), dimensions + 2)
     deviation = math.sqrt(max(variance, least)) or 1.0
     return Noise(np.full(x.shape[1], deviation), dimensions, source="clip")
 
