@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
-from experiments import baselines, temporal, tuning
+from experiments import baselines, selection, temporal, tuning
 
 from mmqlora import benchmark
+from mmqlora.datasets.worlds import World
 from mmqlora.gates import timekeeper
+from mmqlora.records import read_records
 from mmqlora.timeline import Level, Placement, Stream
 
 
@@ -71,3 +74,39 @@ def test_each_arm_starts_at_the_base_and_shuffles_only_what_it_says(arm):
         wanted = ("motion", "novelty")
         again = [read(batch, wanted).signals for _ in range(2)]
         assert torch.equal(*again) == (arm != "gate, signals shuffled")
+
+
+def test_states_and_events_share_out_the_frames_of_a_clip():
+    for item in World("clips", 20, seed=5, frames=selection.FRAMES):
+        spans = sorted(selection.states(item) + selection.happening(item))
+        assert [b for _, b in spans[:-1]] == [a for a, _ in spans[1:]]
+        assert spans[0][0] == 0 and spans[-1][1] == len(item.frames)
+
+
+def test_truth_of_a_choice_on_a_known_clip():
+    item = World("clips", 10, seed=1)[6]  # events in frames 3 and 10, of 23
+    assert selection.happening(item) == [(3, 4), (10, 11)]
+    every, first, events = np.arange(23), np.array([0]), np.array([3, 10])
+    found = selection.truth([item] * 3, [every, first, events])
+    assert found["coverage"] == pytest.approx([1, 1 / 3, 0]) and found["recall"] == [1, 0, 1]
+    assert np.isnan(found["collisions"]).all()  # there is none
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+def test_stored_numbers_are_whole_multiples_of_a_scale_as_near_as_can_be(bits):
+    x = torch.randn(5, 2 * selection.BLOCK)
+    y = selection.rounded(x, bits)
+    rows, back = x.view(-1, selection.BLOCK), y.view(-1, selection.BLOCK)
+    scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((back - rows).abs() <= scale * (0.5 + 1e-5)).all()
+    steps = back / scale
+    assert torch.allclose(steps, steps.round(), atol=1e-4) and len(steps.round().unique()) <= 2**bits - 1
+    assert torch.equal(selection.rounded(x, 16), x)
+
+
+@pytest.mark.parametrize("part", ["frames", "sounds", "floors", "heights", "prices", "cache", "trained"])
+def test_no_run_of_the_selection_is_missing(part):
+    records = read_records(selection.RECORDS / f"selection_{part}.jsonl")
+    found = [(tuple(sorted(r["config"].items(), key=str)), r["seed"]) for r in records]
+    wanted = [(tuple(sorted(config.items(), key=str)), seed) for config, seed in selection.wanted(part)]
+    assert len(set(found)) == len(found) and set(wanted) <= set(found)
