@@ -114,7 +114,7 @@ def serve(requests: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
                 # decord reads ahead, and where it meets a damaged frame it drops good ones that are still in work. How
                 # many is chance, worse on a busy machine and in a cold reader. So: a new one, warmed up elsewhere.
                 tries += 1
-                if tries >= 50 or (tries >= 3 and time.monotonic() > since + 1):
+                if tries >= 50 or (tries >= 8 and time.monotonic() > since + 1):
                     return
                 continue
             done, tries, since = done + 1, 0, time.monotonic()
