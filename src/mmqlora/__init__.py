@@ -18,13 +18,16 @@ from .quantization import (  # isort: skip
     quantize,
 )
 from . import benchmark
+from .answers import Accuracy, answer_accuracy, choice_accuracy, normalize_answer
 from .calibration import Calibration, calibrate
+from .captions import CaptionScores, caption_scores, caption_tokens
 from .comparisons import compare
 from .errors import (
     GateError,
     GridError,
     MediaError,
     MethodError,
+    MetricError,
     MMQLoRAError,
     PlanError,
     QuantizationError,
@@ -49,6 +52,7 @@ from .planner import GPUS, Plan, plan
 from .ranks import Budget, Ranks, allocate_ranks
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
+from .retrieval import RetrievalRanks, dual_softmax_ranks, retrieval_ranks
 from .selection import SELECTORS, Noise, Selection, Selector, clip_noise, select_frames
 from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
 from .spans import Spans, select_segments
@@ -61,9 +65,11 @@ __all__ = [
     "METHODS",
     "SELECTORS",
     "SIGNALS",
+    "Accuracy",
     "Audio",
     "Budget",
     "Calibration",
+    "CaptionScores",
     "ErrorRate",
     "Features",
     "GateError",
@@ -74,6 +80,7 @@ __all__ = [
     "MediaError",
     "Memory",
     "MethodError",
+    "MetricError",
     "Noise",
     "Plan",
     "PlanError",
@@ -85,6 +92,7 @@ __all__ = [
     "RecordError",
     "RegionError",
     "Regions",
+    "RetrievalRanks",
     "Selection",
     "SelectionError",
     "Selector",
@@ -98,14 +106,19 @@ __all__ = [
     "Video",
     "adapt",
     "allocate_ranks",
+    "answer_accuracy",
     "append_record",
     "audio_signals",
     "benchmark",
     "calibrate",
+    "caption_scores",
+    "caption_tokens",
     "character_error_rate",
+    "choice_accuracy",
     "clip_noise",
     "close_cpu_traps",
     "compare",
+    "dual_softmax_ranks",
     "encoder_features",
     "english_normalizer",
     "explain",
@@ -116,6 +129,7 @@ __all__ = [
     "make_record",
     "measure",
     "mel_features",
+    "normalize_answer",
     "plan",
     "pool_steps",
     "quantization_noise",
@@ -125,6 +139,7 @@ __all__ = [
     "read_records",
     "read_video",
     "regions",
+    "retrieval_ranks",
     "run_grid",
     "select_frames",
     "select_segments",

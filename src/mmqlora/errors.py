@@ -70,3 +70,7 @@ class PlanError(MMQLoRAError):
 
 class SelectionError(MMQLoRAError):
     """Features, noise or a budget that frames and segments can't be selected by, or a method that is unknown."""
+
+
+class MetricError(MMQLoRAError):
+    """References, predictions or similarities that can't be scored, such as an item that nothing is right for."""

@@ -1,4 +1,7 @@
-"""How good an output is: word and character error rates."""
+"""How good a transcript is: word and character error rates.
+
+Captions are scored in `captions`, answers in `answers`, and retrieval in `retrieval`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 
-from .errors import MMQLoRAError
+from .errors import MetricError
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def word_error_rate(
         An `ErrorRate`. Where a normalized reference is empty, every word of the hypothesis is an insertion.
 
     Raises:
-        MMQLoRAError: the two differ in length or are empty.
+        MetricError: the two differ in length or are empty.
     """
     return _error_rate(jiwer.process_words, references, hypotheses, normalize)
 
@@ -70,14 +73,14 @@ def character_error_rate(
         An `ErrorRate`.
 
     Raises:
-        MMQLoRAError: the two differ in length or are empty.
+        MetricError: the two differ in length or are empty.
     """
     return _error_rate(jiwer.process_characters, references, hypotheses, normalize)
 
 
 def _error_rate(process, references, hypotheses, normalize) -> ErrorRate:
     if len(references) != len(hypotheses) or not references:
-        raise MMQLoRAError(
+        raise MetricError(
             f"{len(references)} references and {len(hypotheses)} hypotheses; expected one hypothesis for each "
             "reference, and at least one."
         )
