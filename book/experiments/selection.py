@@ -64,7 +64,8 @@ FEATURES = {
 STORED = (16, 8, 6, 5, 4, 3, 2)
 STORES = (16, 32, 64, 96)  # bits for each feature of a clip, all its frames together
 BLOCK = 64  # numbers that share a scale
-TRAINED = {"all": None, "uniform": 4, "segments": 4, "logdet": 4, "kcenter": 4}  # one frame in so many
+TRAINED = ("all", *SELECTORS)
+PARTS = (4, 8)  # one frame in so many; learning rates are chosen at the first
 LONGER = "all, 3 times the steps"
 RATE, RANK, STEPS, BATCH = 3e-3, 8, 100, 16
 
@@ -340,13 +341,13 @@ class Chosen(torch.utils.data.Dataset):
 
 def trained(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """QLoRA on long clips in new colors, of which the model reads all frames, or one in four."""
-    part = TRAINED.get(config["method"])
+    method, part = config["method"], config.get("part", PARTS[0])
 
     def choose(item: Item) -> np.ndarray:
         length = len(item.frames)
-        if part is None:
+        if method not in SELECTORS:
             return np.arange(length)
-        return select_frames(item.frames, length // part, config["method"]).indices
+        return select_frames(item.frames, length // part, method, seed=item.index).indices
 
     train = Chosen(World("clips", 1000, TRAIN + seed, {"palette": 1.0}, FRAMES), choose)
     # All seeds are judged on the same items, as in the benchmark.
@@ -370,7 +371,7 @@ def trained(config: dict[str, Any], seed: int) -> dict[str, Any]:
         judge,
         collate=benchmark.READERS["video"].collate,
         seed=seed,
-        steps=3 * STEPS if config["method"] == LONGER else STEPS,
+        steps=3 * STEPS if method == LONGER else STEPS,
         batch_size=BATCH,
         learning_rate=config["learning_rate"],
         bf16=False,
@@ -426,6 +427,12 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
         chosen = rates()
         cells = [{"method": method, "learning_rate": chosen[method]} for method in TRAINED if method in chosen]
         cells.append({"method": LONGER, "learning_rate": chosen["all"]})
+        cells += [
+            {"method": method, "learning_rate": chosen[method], "part": part}
+            for part in PARTS[1:]
+            for method in SELECTORS
+            if method in chosen
+        ]
     return [(cell, seed) for seed in SEEDS for cell in cells]
 
 

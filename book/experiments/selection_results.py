@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from experiments.selection import BITS, BUDGETS, FLOORS, GRAINS, RECORDS, STORES, happening, states
+from experiments.selection import BITS, BUDGETS, FLOORS, GRAINS, PARTS, RECORDS, STORES, happening, states
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.datasets.worlds import PACES, Item
 from mmqlora.records import as_table, read_records
@@ -69,7 +69,8 @@ class Results:
     def after(self, baseline: str, pace: str | None = None) -> Comparison:
         """Every selector against another one, each fine-tuned on what it keeps."""
         metric = "word_accuracy" if pace is None else f"word_accuracy {pace}"
-        return compare(self.records["trained"], baseline, metric=metric, margin=MARGIN)
+        runs = [r for r in self.records["trained"] if r["config"].get("part", PARTS[0]) == PARTS[0]]
+        return compare(runs, baseline, metric=metric, margin=MARGIN)
 
     def gain(self, found: Comparison, arm: str) -> str:
         """A difference in points with its interval, in words."""
