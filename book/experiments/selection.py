@@ -427,12 +427,13 @@ def wanted(part: str) -> list[tuple[dict[str, Any], int]]:
         chosen = rates()
         cells = [{"method": method, "learning_rate": chosen[method]} for method in TRAINED if method in chosen]
         cells.append({"method": LONGER, "learning_rate": chosen["all"]})
-        cells += [
+        fewer = [
             {"method": method, "learning_rate": chosen[method], "part": part}
             for part in PARTS[1:]
             for method in SELECTORS
             if method in chosen
         ]
+        return [(cell, seed) for some in (cells, fewer) for seed in SEEDS for cell in some]
     return [(cell, seed) for seed in SEEDS for cell in cells]
 
 

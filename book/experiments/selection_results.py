@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from experiments.selection import BITS, BUDGETS, FLOORS, GRAINS, PARTS, RECORDS, STORES, happening, states
+from experiments.selection import BITS, BUDGETS, FLOORS, GRAINS, LONGER, PARTS, RECORDS, STORES, happening, states
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.datasets.worlds import PACES, Item
 from mmqlora.records import as_table, read_records
@@ -94,6 +94,25 @@ class Results:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
         return figure
 
+    def plot_trained(self) -> Figure:
+        """Word accuracy after fine-tuning on what is kept, against the share of frames, a panel a pace."""
+        figure, panels = plt.subplots(1, 3, figsize=(7.4, 4.6), sharey=True)
+        table = self.table("trained")
+        table["part"] = table["part"].fillna(PARTS[0])
+        shares = [round(100 / part, 1) for part in PARTS[::-1]]
+        for axes, pace in zip(panels, PACES, strict=True):
+            measure = f"word_accuracy {pace}"
+            for method in [name for name in COLORS if name in set(table["method"])]:
+                own = table[table["method"] == method]
+                _line(axes, own.assign(share=100 / own["part"]), "share", measure, method, by="part")
+            for method, style in (("all", ":"), (LONGER, "--")):
+                whole = table[table["method"] == method][measure].mean()
+                axes.axhline(whole, color="0.4", ls=style, lw=1.5, label=method)
+            axes.set(title=pace, xlabel="frames kept (%)", xticks=shares, xlim=(10, 27.5))
+        panels[0].set_ylabel("word accuracy")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        return figure
+
     def plot_sounds(self) -> Figure:
         """Word accuracy against the seconds that are kept, a panel a pace."""
         figure, panels = plt.subplots(1, 3, figsize=(7.4, 4.2), sharey=True)
@@ -154,9 +173,9 @@ class Results:
         return figure
 
 
-def _line(axes: Axes, table: pd.DataFrame, x: str, y: str, method: str) -> None:
+def _line(axes: Axes, table: pd.DataFrame, x: str, y: str, method: str, by: str = "budget") -> None:
     """Means over seeds with 95% intervals."""
-    grouped = table.groupby("budget")
+    grouped = table.groupby(by)
     mean, sem, count = grouped[y].mean(), grouped[y].sem(), grouped[y].count()
     ours = method == "segments"
     axes.errorbar(
