@@ -120,7 +120,7 @@ class Selection(Sequence):
             A segment of which several frames are kept is divided between them.
         order: (K,) int64, the indices in the order in which a greedy method took them.
         gains: (K,) float64, what each of those added: nats of "logdet"; the distance to those before of "kcenter".
-        error: squared error within segments, in units of noise; NaN of the other methods.
+        error: squared error within segments, before second looks, in units of noise; NaN of the other methods.
         excess: the most by which error and prices could be above the least there is; 0 for up to 1,024 frames.
         price: of a segment, in the unit of the error; 0 of the other methods.
         noise: what the error is measured in.
