@@ -32,13 +32,16 @@ from .errors import (
     PlanError,
     QuantizationError,
     RankError,
+    RecipeError,
     RecordError,
     RegionError,
     SelectionError,
     SignalError,
+    TaskError,
     TimelineError,
     TrainingError,
 )
+from .evaluation import Evaluation, evaluate, predict
 from .features import Features, mel_features, thumbnail_features
 from .gates import TemporalLoraConfig, explain
 from .grids import run_grid
@@ -50,12 +53,14 @@ from .metrics import ErrorRate, character_error_rate, english_normalizer, word_e
 from .noise import QuantizationNoise, encoder_features, quantization_noise
 from .planner import GPUS, Plan, plan
 from .ranks import Budget, Ranks, allocate_ranks
+from .recipes import Recipe, plan_recipe, read_recipe, run_recipe
 from .records import append_record, fingerprint, make_record, read_records
 from .regions import Regions, regions
 from .retrieval import RetrievalRanks, dual_softmax_ranks, retrieval_ranks
 from .selection import SELECTORS, Noise, Selection, Selector, clip_noise, select_frames
 from .signals import SIGNALS, Signals, audio_signals, pool_steps, signals, thumbnail_signals, video_signals
 from .spans import Spans, select_segments
+from .tasks import Captioning, Pairs, Recognition, Retrieval, Task
 from .training import fine_tune
 
 __version__ = "0.1.0"
@@ -70,7 +75,9 @@ __all__ = [
     "Budget",
     "Calibration",
     "CaptionScores",
+    "Captioning",
     "ErrorRate",
+    "Evaluation",
     "Features",
     "GateError",
     "GridError",
@@ -82,6 +89,7 @@ __all__ = [
     "MethodError",
     "MetricError",
     "Noise",
+    "Pairs",
     "Plan",
     "PlanError",
     "QuantizationError",
@@ -89,9 +97,13 @@ __all__ = [
     "QuantizationReport",
     "RankError",
     "Ranks",
+    "Recipe",
+    "RecipeError",
+    "Recognition",
     "RecordError",
     "RegionError",
     "Regions",
+    "Retrieval",
     "RetrievalRanks",
     "Selection",
     "SelectionError",
@@ -100,6 +112,8 @@ __all__ = [
     "Signals",
     "SkipBroken",
     "Spans",
+    "Task",
+    "TaskError",
     "TemporalLoraConfig",
     "TimelineError",
     "TrainingError",
@@ -121,6 +135,7 @@ __all__ = [
     "dual_softmax_ranks",
     "encoder_features",
     "english_normalizer",
+    "evaluate",
     "explain",
     "fine_tune",
     "fingerprint",
@@ -131,16 +146,20 @@ __all__ = [
     "mel_features",
     "normalize_answer",
     "plan",
+    "plan_recipe",
     "pool_steps",
+    "predict",
     "quantization_noise",
     "quantization_report",
     "quantize",
     "read_audio",
+    "read_recipe",
     "read_records",
     "read_video",
     "regions",
     "retrieval_ranks",
     "run_grid",
+    "run_recipe",
     "select_frames",
     "select_segments",
     "signals",

@@ -74,3 +74,11 @@ class SelectionError(MMQLoRAError):
 
 class MetricError(MMQLoRAError):
     """References, predictions or similarities that can't be scored, such as an item that nothing is right for."""
+
+
+class TaskError(MMQLoRAError):
+    """A task that does not fit a model or its processor, or predictions that are not of this model and data."""
+
+
+class RecipeError(MMQLoRAError):
+    """A recipe that can't be read, or that says something that nobody asks for."""

@@ -260,8 +260,8 @@ def load(
         kwargs: passed on to ``from_pretrained`` (``device_map``, ``revision``, ``attn_implementation``, …).
 
     Returns:
-        The model in evaluation mode, on the first GPU where there is one, and its processor (or feature extractor,
-        image processor or tokenizer; None if it has none).
+        The model in evaluation mode, on the first GPU where there is one (under ``accelerate launch`` on that of the
+        process), and its processor (or feature extractor, image processor or tokenizer; None if it has none).
 
     Raises:
         QuantizationError: the model is in none of the places, has no safetensors, needs code of its own, or can't
@@ -273,7 +273,8 @@ def load(
     hub = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
-    device = _device(kwargs.setdefault("device_map", {"": "cuda:0" if torch.cuda.is_available() else "cpu"}))
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # accelerate launch gives every process a GPU
+    device = _device(kwargs.setdefault("device_map", {"": own if torch.cuda.is_available() else "cpu"}))
     default = _default_dtype(device)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)

@@ -34,6 +34,7 @@ def fine_tune(
     evaluate: Dataset | Callable[[torch.nn.Module], Mapping[str, Any]] | None = None,
     *,
     collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None,
+    loss: Callable[..., torch.Tensor] | None = None,
     seed: int = 0,
     steps: int = 100,
     batch_size: int = 8,
@@ -67,6 +68,8 @@ def fine_tune(
         evaluate: a data set, on which the mean loss is measured, or a function from the model (in evaluation mode) to
             a dictionary of metrics; a key ``items`` in it holds scores by item and is kept apart.
         collate: from a list of items to a batch; the default is that of `transformers.Trainer`.
+        loss: from the model's outputs, the labels and ``num_items_in_batch`` (labels of a whole step) to a loss, as
+            the Trainer's ``compute_loss_func``; the default is the model's own.
         seed: order of the data and dropout. Adapters are initialized before: call `transformers.set_seed` first.
         steps: optimizer steps.
         batch_size: items of a forward pass; ``accumulate`` of them make a step.
@@ -143,8 +146,10 @@ def fine_tune(
             train_dataset=train,
             eval_dataset=evaluate if isinstance(evaluate, Dataset) else None,
             data_collator=collate,
+            compute_loss_func=loss,
             callbacks=list(callbacks),
         )
+        trainer.model_accepts_loss_kwargs &= loss is None  # else the model would get what is meant for the loss
         trainer.remove_callback(PrinterCallback)
         start = newest_checkpoint(folder) if resume else None
         wall, cpu = time.perf_counter(), time.process_time()
