@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from miniatures import save
+from miniatures import MINIATURES, save
 from test_datasets_real import make_audiocaps, make_clotho, make_librispeech, make_msrvtt, make_vatex, sound
 
-from mmqlora import RecipeError
+from mmqlora import RecipeError, plan
 from mmqlora.__main__ import main
-from mmqlora.recipes import read_recipe, run_recipe
+from mmqlora.recipes import plan_recipe, read_recipe, run_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -105,6 +105,23 @@ def test_a_slip_in_a_recipe_is_found_before_anything_runs(tmp_path: Path, old: s
     path.write_text(CLIP.replace(old, new))
     with pytest.raises(RecipeError, match=words):
         read_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_can_be_planned(path: Path) -> None:
+    recipe = read_recipe(path)
+    config = MINIATURES[recipe.model["name_or_path"]]()[0].config
+    small = recipe.but(**{"plan.pixels": 16, "plan.tokens": 8, "training.batch_size": 2})
+    assert plan_recipe(small, "T4", config).fits
+    assert (
+        plan_recipe(small.but(**{"training.batch_size": 4}), config=config).process
+        > plan_recipe(small, config=config).process
+    )
+
+
+def test_seconds_that_do_not_fill_the_window_take_fewer_tokens() -> None:
+    config = MINIATURES["Qwen/Qwen2-Audio-7B-Instruct"]()[0].config  # a window of two seconds, 50 tokens
+    assert plan(config, seconds=2, tokens=8).tokens - plan(config, seconds=1, tokens=8).tokens == 25
 
 
 def test_a_recipe_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ class _Maker:
                 return
             owners = (self.model, getattr(self.model, "model", None))
             if not any(hasattr(owner, f"get_{kind}_features") for owner in owners):
-                # Qwen2-Audio and its kin halve the mel frames twice.
-                length = int(media[next(iter(media))].shape[-1])
+                # Qwen2-Audio and its kin halve the mel frames twice, of those that hold sound.
+                mask = media.get("feature_attention_mask")
+                length = int(media[next(iter(media))].shape[-1] if mask is None else mask[0].sum())
                 self.block += [token] * (((length - 1) // 2 + 1 - 2) // 2 + 1)
                 return
             rows = self._rows(f"get_{kind}_features", media)
