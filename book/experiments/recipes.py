@@ -1,4 +1,4 @@
-"""What memory each recipe of `recipes/` will take, and the smallest card that it fits; chapter *Going to real scale*.
+"""What memory each recipe will take, and the smallest card that it fits; chapter *Going to real scale*.
 
     cd book && python -m experiments.recipes
 
@@ -17,10 +17,10 @@ from typing import Any
 import transformers as tf
 from tqdm import tqdm
 
-from mmqlora import GPUS, fingerprint, plan_recipe, read_recipe
-from mmqlora.records import append_record, make_record
+from mmqlora import GPUS, plan_recipe, read_recipe
+from mmqlora.recipes import RECIPES
+from mmqlora.records import append_record, fingerprint, make_record
 
-FOLDER = Path(__file__).parents[2] / "recipes"
 RECORDS = Path(__file__).parent.parent / "records" / "recipes.jsonl"
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -85,14 +85,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def foretell(path: Path) -> dict[str, Any]:
+def foretell(name: str) -> dict[str, Any]:
     """The record of a recipe."""
-    recipe = read_recipe(path)
+    recipe = read_recipe(name)
     model_config = CONFIGS[recipe.model["name_or_path"]]()
     cards = {}
-    for name in GPUS:  # from the smallest on
-        found = plan_recipe(recipe, name, model_config)
-        cards[name] = {"process": found.process, "fits": found.fits}
+    for card in GPUS:  # from the smallest on
+        found = plan_recipe(recipe, card, model_config)
+        cards[card] = {"process": found.process, "fits": found.fits}
         if found.fits:
             break
     regions: dict[str, int] = {}
@@ -102,7 +102,7 @@ def foretell(path: Path) -> dict[str, Any]:
         "title": recipe.title,
         "published": recipe.published,
         "cards": cards,
-        "fits": next((name for name, card in cards.items() if card["fits"]), None),
+        "fits": next((card for card, what in cards.items() if what["fits"]), None),
         "allocated": found.allocated,
         "process": found.process,
         "regions": regions,
@@ -111,15 +111,15 @@ def foretell(path: Path) -> dict[str, Any]:
         "data_set": recipe.data["name"],
         "task": recipe.task["name"],
     }
-    return make_record("recipes", {"recipe": path.stem}, 0, data=fingerprint(path), measured=measured)
+    return make_record("recipes", {"recipe": name}, 0, data=fingerprint(RECIPES[name]), measured=measured)
 
 
 def main() -> None:
     """Plan and record every recipe."""
     warnings.simplefilter("ignore")
     RECORDS.unlink(missing_ok=True)
-    for path in tqdm(sorted(FOLDER.glob("*.toml")), desc="plan"):
-        append_record(RECORDS, foretell(path))
+    for name in tqdm(RECIPES, desc="plan"):
+        append_record(RECORDS, foretell(name))
 
 
 if __name__ == "__main__":

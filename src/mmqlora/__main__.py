@@ -19,7 +19,7 @@ import pandas as pd
 from .errors import MMQLoRAError, RecipeError
 from .methods import METHODS
 from .planner import GPUS, plan
-from .recipes import read_recipe, run_recipe
+from .recipes import RECIPES, read_recipe, run_recipe
 from .rehearsal import OPTIMIZERS
 
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "run", help="fine-tune and judge, as a recipe says", description=run_recipe.__doc__.split("\n")[0]
     )
     say.set_defaults(command=_run)
-    say.add_argument("recipe", help="a TOML file, such as recipes/whisper_librispeech.toml")
+    say.add_argument("recipe", help=f"a TOML file, or one of {', '.join(RECIPES)}")
     say.add_argument("--data", required=True, help="folder of the data set")
     say.add_argument("--output", required=True, help="folder of the run; started again, it goes on there")
     say.add_argument("--media", help="where the media lie, if not in the folder of the data set")

@@ -1,13 +1,13 @@
 r"""A fine-tuning run from one file: which model, which data, which adapter, how long, and how it is judged.
 
 Example:
-    >>> recipe = read_recipe("recipes/whisper_librispeech.toml")  # doctest: +SKIP
+    >>> recipe = read_recipe("whisper_librispeech")
     >>> record = run_recipe(recipe, data="LibriSpeech", output="runs/whisper")  # doctest: +SKIP
     >>> record["metrics"]["wer"], record["before"]["wer"]  # doctest: +SKIP
 
-or ``python -m mmqlora run recipes/whisper_librispeech.toml --data LibriSpeech --output runs/whisper``, or the same
-behind ``accelerate launch -m``. A recipe is a TOML file whose sections are the arguments of the functions that it
-calls::
+or ``python -m mmqlora run whisper_librispeech --data LibriSpeech --output runs/whisper``, or the same behind
+``accelerate launch -m``. A recipe is a TOML file; some lie beside this one. Its sections are the arguments of the
+functions that it calls::
 
     title = "Whisper small on LibriSpeech"
     published = "what others got, where, and how"
@@ -49,24 +49,24 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 
-from . import evaluation
-from .datasets.audiocaps import AudioCaps
-from .datasets.clips import Clips
-from .datasets.clotho import Clotho
-from .datasets.librispeech import LibriSpeech
-from .datasets.msrvtt import MSRVTT
-from .datasets.msvd import MSVD
-from .datasets.vatex import VATEX
-from .errors import RecipeError
-from .media import SkipBroken
-from .methods import adapt, callbacks
-from .planner import Plan, plan
-from .quantization import load
-from .records import append_record, read_records, run_id
-from .tasks import TASKS, Pairs
-from .training import fine_tune
+from .. import evaluation
+from ..datasets.audiocaps import AudioCaps
+from ..datasets.clips import Clips
+from ..datasets.clotho import Clotho
+from ..datasets.librispeech import LibriSpeech
+from ..datasets.msrvtt import MSRVTT
+from ..datasets.msvd import MSVD
+from ..datasets.vatex import VATEX
+from ..errors import RecipeError
+from ..media import SkipBroken
+from ..methods import adapt, callbacks
+from ..planner import Plan, plan
+from ..quantization import load
+from ..records import append_record, read_records, run_id
+from ..tasks import TASKS, Pairs
+from ..training import fine_tune
 
-__all__ = ["Recipe", "plan_recipe", "read_recipe", "run_recipe"]
+__all__ = ["RECIPES", "Recipe", "plan_recipe", "read_recipe", "run_recipe"]
 
 DATASETS: dict[str, type[Clips]] = {
     "audiocaps": AudioCaps,
@@ -76,6 +76,9 @@ DATASETS: dict[str, type[Clips]] = {
     "msvd": MSVD,
     "vatex": VATEX,
 }
+
+RECIPES: dict[str, Path] = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
+"""The recipes that come with the library, by name."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,20 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe, and check every name in it against the function that it is for.
 
     Example:
-        >>> read_recipe("recipes/clip_msrvtt.toml").task  # doctest: +SKIP
-        {'name': 'retrieval', 'frames': 12}
+        >>> read_recipe("clip_msrvtt").task
+        {'name': 'retrieval', 'frames': 12, 'size': [224, 224]}
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or the name of one in `RECIPES`.
 
     Raises:
         RecipeError: there is no such file, it is no TOML, or a section or a name in it is missing or unknown.
     """
+    path = RECIPES.get(str(path), Path(path))
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file; expected a TOML file, or one of {', '.join(RECIPES)}.")
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: can't read this as a recipe ({error}); expected a TOML file.") from error
     needed = {"title", "published", *_SECTIONS[:5]}
@@ -172,7 +178,7 @@ def run_recipe(
     """Load, judge, adapt, fine-tune, save, and judge again.
 
     Example:
-        >>> run_recipe(read_recipe("recipes/clip_msrvtt.toml"), "msrvtt", "runs/clip")["metrics"]  # doctest: +SKIP
+        >>> run_recipe(read_recipe("clip_msrvtt"), "msrvtt", "runs/clip")["metrics"]  # doctest: +SKIP
 
     Under ``accelerate launch`` every process trains and answers its share, and the first one keeps the record.
 
@@ -243,7 +249,7 @@ def plan_recipe(recipe: Recipe, gpu: str | int | None = None, config: Any = None
     """The memory that a recipe will take; see `plan`.
 
     Example:
-        >>> plan_recipe(read_recipe("recipes/clip_msrvtt.toml"), gpu="T4").fits  # doctest: +SKIP
+        >>> plan_recipe(read_recipe("clip_msrvtt"), gpu="T4").fits  # doctest: +SKIP
         True
 
     Args:
