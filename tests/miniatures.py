@@ -122,6 +122,19 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, Any]:
     return model, processor
 
 
+def llava_onevision() -> tuple[PreTrainedModel, Any]:
+    side = {"height": 16, "width": 16}
+    processor = tf.LlavaOnevisionProcessor(
+        tf.LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=[[16, 16]]),
+        letters({"<image>": IMAGE, "<video>": VIDEO}),
+        tf.LlavaOnevisionVideoProcessor(size=side),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT.replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>"),
+    )
+    return ARCHITECTURES["LLaVA-OneVision"](), processor
+
+
 MINIATURES: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
     "openai/whisper-small.en": whisper,
     "Qwen/Qwen2-Audio-7B-Instruct": qwen2_audio,
@@ -129,6 +142,7 @@ MINIATURES: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
     "openai/clip-vit-base-patch32": clip,
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": smolvlm,
     "Qwen/Qwen2.5-VL-7B-Instruct": qwen2_5_vl,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": llava_onevision,
 }
 
 

@@ -28,7 +28,12 @@ from mmqlora.datasets.clips import Clip, Clips
 from mmqlora.evaluation import score
 
 VIDEO, SOUND = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2-Audio-7B-Instruct"
-CHATS = [VIDEO, "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", SOUND]
+CHATS = [
+    VIDEO,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    SOUND,
+]
 CLIP, CLAP, WHISPER = "openai/clip-vit-base-patch32", "laion/clap-htsat-unfused", "openai/whisper-small.en"
 
 
