@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from architectures import ARCHITECTURES
 from batches import batch, generate_inputs
 from conformance import adapted, build, config
@@ -131,3 +132,32 @@ def test_merged_frames_take_the_mean_of_their_signals():
     assert torch.allclose(place.level.signals[:-1], stream.signals.reshape(12, 4, 1).mean(1), atol=1e-6)
     index = place.index
     assert (index[:, 0] == 12).all() and index[1, 1] == 6 and index[1, 96] == 11 and index[0, 17] == 1
+
+
+def test_a_whisper_with_another_head_has_the_gates_of_the_whole():
+    whole = ARCHITECTURES["Whisper"]()
+    other = tf.WhisperForAudioClassification(whole.config).eval()
+    other.encoder.load_state_dict(whole.model.encoder.state_dict())
+    names = ["encoder.layers.0.fc1", "encoder.layers.1.self_attn.q_proj"]
+    told = {"r": 4, "signals": ("flux", "speech"), "init_lora_weights": True}
+    models = {
+        prefix: get_peft_model(model, TemporalLoraConfig(**told, target_modules=[prefix + name for name in names]))
+        for prefix, model in (("model.", whole), ("", other))
+    }
+    torch.manual_seed(1)
+    for name, parameter in models[""].named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.3)
+            twin = name.replace("base_model.model.encoder", "base_model.model.model.encoder")
+            models["model."].get_parameter(twin).data.copy_(parameter.data)
+    features = batch("Whisper").inputs["input_features"]
+    heard = models["model."](input_features=features, decoder_input_ids=torch.ones(len(features), 1, dtype=torch.long))
+    encoded = heard.encoder_last_hidden_state
+    pooled = other.projector(encoded).mean(1)
+    assert torch.allclose(models[""](input_features=features).logits, other.classifier(pooled), atol=1e-6)
+
+
+def test_a_class_without_the_part_that_hears_is_refused():
+    decoder = tf.WhisperForCausalLM(ARCHITECTURES["Whisper"]().config)
+    with pytest.raises(TimelineError, match=r"WhisperForCausalLM has no model.encoder"):
+        get_peft_model(decoder, TemporalLoraConfig(target_modules="all-linear"))

@@ -262,7 +262,7 @@ class TemporalLoraModel(LoraModel):
         **kwargs: Any,
     ) -> None:
         keeper = timekeeper(self.model, lora_config.clip_frames)
-        rule = keeper.family.rule(current_key)
+        rule = keeper.rule(current_key)
         if rule is None:
             raise GateError(
                 f"{current_key} has no rule in the timeline of {type(self.model).__name__}; leave it out by "

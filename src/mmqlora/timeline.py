@@ -767,13 +767,30 @@ class Timekeeper:
         self._encoded: tuple[torch.Tensor, Clock] | None = None  # what an entry gave when it was called alone
         self._blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._handles = [*self._listen(model, self._start, self._stop)]
+        # Families name parts as they are called where a head is on top. Alone, or with another head, a model may have
+        # them without the first name.
+        below = any(pattern.startswith(r"model\.") for pattern, _ in family.rules)
+        self._lacks = "model." if below and not hasattr(model, "model") else ""
         for path in family.entries:
-            self._handles += self._listen(model.get_submodule(path), self._enter, self._leave)
+            self._handles += self._listen(self._part(model, path), self._enter, self._leave)
         for path in family.towers:
-            module = model.get_submodule(path)
+            module = self._part(model, path)
             self._handles.append(module.register_forward_pre_hook(partial(self._count, path)))
         if hasattr(model, "generate") and not family.entries:
             model.__dict__["generate"] = _Generate(model.generate, self)
+
+    def _part(self, model: nn.Module, path: str) -> nn.Module:
+        try:
+            return model.get_submodule(path.removeprefix(self._lacks))
+        except AttributeError:
+            raise TimelineError(
+                f"{type(model).__name__} has no {path}, where models of type {model.config.model_type!r} have their "
+                "media; expected the class that such models are trained and published in, such as one for generation."
+            ) from None
+
+    def rule(self, name: str) -> Rule | None:
+        """The rule of a Linear of the model, by its full name."""
+        return self.family.rule(self._lacks + name)
 
     def _listen(self, module: nn.Module, start: Callable[..., None], stop: Callable[..., None]) -> list[Any]:
         order = list(inspect.signature(module.forward).parameters)
