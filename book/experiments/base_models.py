@@ -4,6 +4,7 @@
     cd book && python -m experiments.base_models audio       # 35
     cd book && python -m experiments.base_models retrieval   # 30
     cd book && python -m experiments.base_models audio --evaluate   # only score and record what the library holds
+    cd book && python -m experiments.base_models audio --again      # train it once more, to see if it comes out alike
     cd book && python -m experiments.base_models audio --bits       # what 4 bits cost, by region
 
 A run that was stopped goes on from its newest checkpoint, in ``--work``. The data never repeats: step s reads items
@@ -366,25 +367,25 @@ def export(name: str, model: nn.Module, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def assess(name: str) -> dict:
-    """Score the library's copy on 1,000 items that nothing was trained on, in 16 bits and in NF4."""
+def assess(name: str, folder: Path) -> dict:
+    """Score a model on 1,000 items that nothing was trained on, in 16 bits and in NF4."""
     task = bench.TASKS[f"{name}/none"]
     world = World(task.reader.kind, ITEMS, bench.TEST)
     items, metrics, kept = list(world), {}, {}
     for bits, quant_type in (("16-bit", None), ("nf4", "nf4")):
-        model = task.load(quant_type=quant_type)
+        model = mm.load(folder, quant_type=quant_type)[0]
         scores = bench.evaluate(model, task.reader, items)
         kept |= {f"{bits} {measure}": values for measure, values in scores.pop("items").items()}
         if name != "retrieval":
             scores |= {f"answers {sort}": v for sort, v in bench.answer_questions(model, task.reader, items).items()}
         metrics |= {f"{bits} {measure}": value for measure, value in scores.items()}
     config = {"model": name, "stages": MODELS[name].stages, "rate": MODELS[name].rate, "items": ITEMS}
-    weights = fingerprint(CHECKPOINTS / name / "model.safetensors")
+    weights = fingerprint(folder / "model.safetensors")
     measured = {
         "metrics": metrics,
         "items": kept,
         "weights": weights,
-        "parameters": sum(p.numel() for p in task.load().parameters()),
+        "parameters": sum(p.numel() for p in mm.load(folder, quant_type=None)[0].parameters()),
     }
     return make_record("base_models", config, 0, data=world.fingerprint(), measured=measured)
 
@@ -448,6 +449,7 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--work", type=Path, default=Path("../.book/base_models"), help="folder of checkpoints")
     parser.add_argument("--evaluate", action="store_true", help="don't train")
+    parser.add_argument("--again", action="store_true", help="leave the library's model, record in base_models_again")
     parser.add_argument("--bits", action="store_true", help="only measure what 4 bits cost")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -456,12 +458,15 @@ def main() -> None:
         run_grid("experiments.base_models:in_few_bits", bits_runs(arguments.model), path)
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
+    folder = (arguments.work / "again" if arguments.again else CHECKPOINTS) / arguments.model
     if not arguments.evaluate:
-        export(arguments.model, train(arguments.model, arguments.work), CHECKPOINTS / arguments.model)
-    record = assess(arguments.model)
-    append_record(RECORDS, record)
-    (CHECKPOINTS / arguments.model / "README.md").write_text(card(arguments.model, record), encoding="utf-8")
+        export(arguments.model, train(arguments.model, arguments.work), folder)
+    record = assess(arguments.model, folder)
+    append_record(RECORDS.with_name("base_models_again.jsonl") if arguments.again else RECORDS, record)
     print(record["metrics"])
+    if arguments.again:
+        return
+    (CHECKPOINTS / arguments.model / "README.md").write_text(card(arguments.model, record), encoding="utf-8")
 
 
 if __name__ == "__main__":
