@@ -272,3 +272,29 @@ def test_chapters_are_executed_again_only_where_needed(
     before = path_of(good)
     write_chapter(good, "# Good", "2")
     assert path_of(good) != before
+
+
+def test_requirements_name_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "book" / "design.md").read_text())
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(named) >= 18 and set(named) <= there
+
+
+def test_the_library_imports_only_what_comes_before_it() -> None:
+    order = re.findall(r"automodule:: mmqlora\.([\w.]+)", (ROOT / "book" / "api.md").read_text())
+    for number, name in enumerate(order):
+        path = ROOT / "src" / "mmqlora" / Path(*name.split("."))
+        code = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        for other in re.findall(r"^from \.+([a-z][\w.]*) import", code, flags=re.MULTILINE):
+            later = order[number + 1 :]
+            assert other not in later and f"datasets.{other}" not in later, f"{name} imports {other}, which comes later"
+
+
+def test_a_model_of_ones_own_takes_less_than_forty_lines() -> None:
+    cells = [
+        cell
+        for cell in code_cells(ROOT / "book" / "your_model.ipynb")
+        if "remove-cell" not in cell.metadata.get("tags", [])
+    ]
+    lines = [line for cell in cells for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) < 40, len(lines)
