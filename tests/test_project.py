@@ -298,3 +298,8 @@ def test_a_model_of_ones_own_takes_less_than_forty_lines() -> None:
     ]
     lines = [line for cell in cells for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) < 40, len(lines)
+
+
+def test_colab_keeps_what_its_kernel_has_loaded() -> None:
+    """Replacing what a running process has loaded, or torch with its CUDA, would need a restart."""
+    assert set(colab_cell.replaced()) <= {"peft", "transformers"}

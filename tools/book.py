@@ -21,7 +21,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from colab_cell import write_colab_cell
+from colab_cell import replaced, write_colab_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / ".book"  # nbmake skips, without a word, paths that contain `_build`
@@ -176,6 +176,8 @@ def main(command: str) -> bool:
     if command == "colab":
         for chapter in chapters():
             write_colab_cell(chapter)
+        for name, (shipped, wanted) in replaced().items():
+            print(f"Colab ships {name} {shipped}; the first cell of a chapter installs one that is {wanted}")
         return True
     with alone():
         shared = shared_key()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import nbformat
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SOURCE = """\
 # Colab only: fetch the book, install its library, keep Colab's torch. Anywhere else this cell does nothing.
@@ -45,3 +49,15 @@ def write_colab_cell(path: Path) -> None:
     if (cell.source, cell.metadata.get("tags")) != (SOURCE, ["remove-cell"]):
         cell.source, cell.metadata = SOURCE, nbformat.from_dict({"tags": ["remove-cell"]})
         nbformat.write(notebook, path)
+
+
+def replaced() -> dict[str, tuple[str, str]]:
+    """What installing the library on Colab replaces: name to the version that Colab ships, and what is wanted."""
+    lines = (ROOT / "tools" / "colab_versions.txt").read_text().splitlines()
+    shipped = dict(line.split("==") for line in lines if not line.startswith("#"))
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return {
+        need.name: (shipped[need.name], str(need.specifier))
+        for need in map(Requirement, wanted)
+        if need.name in shipped and not need.specifier.contains(shipped[need.name])
+    }

@@ -124,3 +124,41 @@ def test_internal_links_lead_somewhere(browser: Browser, server: str, name: str)
         assert target.is_file(), f"{link.geturl()} leads nowhere"
         if link.fragment and target.suffix == ".html":
             assert re.search(rf'(id|name)="{re.escape(unquote(link.fragment))}"', target.read_text()), link.geturl()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_folded_unfolds(browser: Browser, server: str, name: str) -> None:
+    page = browser.new_page(viewport=PHONE)
+    visit(page, f"{server}/{name}.html")
+    folded = page.locator("article details:not([open]) > summary")
+    for _ in range(folded.count()):
+        answer = page.locator("article details:not([open])").first
+        answer.locator("> summary").click()
+        assert answer.evaluate("e => true") and page.locator("article details[open] > :not(summary)").last.is_visible()
+    assert not folded.count()
+    page.close()
+
+
+# A word of each chapter that stands in few others.
+WORDS = {
+    "data_and_media": "decord",
+    "worlds": "palette",
+    "four_bits": "quantile",
+    "baselines": "pareto",
+    "temporal": "bottleneck",
+    "ranks": "allocation",
+    "selection": "segmentation",
+    "memory": "rehearsal",
+    "real_scale": "recipe",
+    "your_model": "classifier",
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_search_finds_each_chapter(browser: Browser, server: str, name: str) -> None:
+    page = browser.new_page()
+    visit(page, f"{server}/search.html?q={WORDS[name]}")
+    page.wait_for_selector("#search-results li a")
+    found = page.eval_on_selector_all("#search-results li a", "all => all.map((e) => e.href)")
+    page.close()
+    assert any(f"/book/{name}.html" in link for link in found), found
