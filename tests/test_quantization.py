@@ -134,6 +134,25 @@ def test_in_place_is_from_pretrained_is_load(build, quant_type, double_quant, tm
         assert trainable[0] ^ trainable[1] <= {"model.encoder.embed_positions.weight"}
 
 
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_codes_are_the_same_bytes_in_any_storage(storage, tmp_path):
+    original = whisper()
+    original.save_pretrained(tmp_path)
+    plain, stored = copy.deepcopy(original), copy.deepcopy(original)
+    reports = q.quantize(plain), q.quantize(stored, quant_storage=storage)
+    loaded, _ = q.load(tmp_path, quant_storage=storage)
+    hollow = WhisperForConditionalGeneration(original.config).to("meta")
+    q.quantize(hollow, quant_storage=storage)
+    for name, module in four_bit(plain).items():
+        for model in (stored, loaded):
+            weight = model.get_submodule(name).weight
+            assert weight.dtype == storage and torch.equal(weight.view(torch.uint8).view(-1, 1), module.weight)
+        assert hollow.get_submodule(name).weight.shape == weight.shape
+    assert reports[0].table().equals(reports[1].table())
+    assert torch.equal(logits(stored), logits(plain)) and torch.equal(logits(loaded), logits(plain))
+    assert q.prefers_bf16(stored) == q.prefers_bf16(plain)
+
+
 @pytest.mark.skipif(not WHISPER_TINY.is_dir(), reason="no real Whisper: set MMQLORA_REAL")
 def test_in_place_is_from_pretrained_on_whisper_tiny():
     ours, processor = q.load(WHISPER_TINY, quant_type=None)

@@ -164,6 +164,7 @@ def quantize(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
     exclude: str | Iterable[str] = (),
+    quant_storage: torch.dtype = torch.uint8,
 ) -> QuantizationReport:
     """Quantize the Linear layers of a model in place, on the device where they are, one at a time.
 
@@ -187,6 +188,8 @@ def quantize(
             bfloat16, or float16 where the GPU has no bfloat16; on the meta device that of the weights.
         exclude: what to leave alone. A region's name ("vision", "audio", "fusion", "text") or a regular expression
             that is searched anywhere in the full names of the Linears; one, or several.
+        quant_storage: dtype that the bytes of 4-bit codes are kept as, which changes no value. FSDP needs that of the
+            rest of the model, such as bfloat16, to shard them; it leaves uint8 whole on every GPU.
 
     Returns:
         The report; `quantization_report` finds it again from the model.
@@ -210,7 +213,7 @@ def quantize(
     kept = _left_alone(model, quant_type, exclude, device)
     # Without weights there is no device either; they say by their type what it will be.
     usual = model.get_submodule(missing[0]).weight.dtype if missing else _default_dtype(device)
-    config = _config(quant_type, double_quant, compute_dtype or usual, _skip_list(model, kept))
+    config = _config(quant_type, double_quant, compute_dtype or usual, _skip_list(model, kept), quant_storage)
     before, errors = {}, {}
     for name in list(_linears(model)):  # names only: a reference to a module would keep its old weight alive
         before[name] = _nbytes(model.get_submodule(name).weight)
@@ -230,6 +233,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     exclude: str | Iterable[str] = (),
     model_class: type[PreTrainedModel] | None = None,
+    quant_storage: torch.dtype = torch.uint8,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with its processor, quantized as it comes from the disk.
@@ -257,11 +261,12 @@ def load(
             has: on a CPU float16 is several times slower than float32.
         exclude: as in `quantize`.
         model_class: a class with ``from_pretrained``. Default: the one that the configuration names first.
+        quant_storage: as in `quantize`.
         kwargs: passed on to ``from_pretrained`` (``device_map``, ``revision``, ``attn_implementation``, …).
 
     Returns:
-        The model in evaluation mode, on the first GPU where there is one (under ``accelerate launch`` on that of the
-        process), and its processor (or feature extractor, image processor or tokenizer; None if it has none).
+        The model in evaluation mode, on the first GPU where there is one (each process of a launch has its own), and
+        its processor (or feature extractor, image processor or tokenizer; None if it has none).
 
     Raises:
         QuantizationError: the model is in none of the places, has no safetensors, needs code of its own, or can't
@@ -273,8 +278,7 @@ def load(
     hub = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # accelerate launch gives every process a GPU
-    device = _device(kwargs.setdefault("device_map", {"": own if torch.cuda.is_available() else "cpu"}))
+    device = _device(kwargs.setdefault("device_map", {"": _own_device()}))
     default = _default_dtype(device)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
@@ -286,7 +290,7 @@ def load(
             _check(skeleton, quant_type)
             kept = _left_alone(skeleton, quant_type, exclude, device)
             kwargs["quantization_config"] = _config(
-                quant_type, double_quant, compute_dtype or default, _skip_list(skeleton, kept)
+                quant_type, double_quant, compute_dtype or default, _skip_list(skeleton, kept), quant_storage
             )
         model = model_class.from_pretrained(
             place, dtype=dtype or default, use_safetensors=True, trust_remote_code=False, **kwargs
@@ -392,7 +396,8 @@ def prefers_bf16(model: nn.Module) -> bool:
         >>> with torch.autocast("cpu", torch.bfloat16, enabled=prefers_bf16(model)):  # doctest: +SKIP
         ...     model(**batch)
     """
-    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    codes = bnb.nn.Params4bit  # of any type, see quant_storage
+    weights = [w for w in model.parameters() if w.is_floating_point() and not isinstance(w, codes)]
     # Older GPUs emulate it, which is still better than weights and inputs of different types.
     cuda = torch.cuda.is_available()  # also where the model is still on the CPU: training moves it
     return cuda or any(w.dtype == torch.bfloat16 for w in weights) or multiplies_bf16("cpu")
@@ -444,6 +449,12 @@ def _processor(place: str, hub: dict[str, Any]) -> Any:
             return found
     logger.warning("%s has no processor, feature extractor, image processor or tokenizer", place)
     return None
+
+
+def _own_device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _device(device_map: Any) -> torch.device:
@@ -559,7 +570,9 @@ def _skip_list(model: nn.Module, kept: Iterable[str]) -> list[str]:
     return [n if all(should_convert_module(o, [n]) for o in others) else f"^{re.escape(n)}$" for n in kept]
 
 
-def _config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
+def _config(
+    quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skip: list[str], quant_storage: torch.dtype
+) -> BitsAndBytesConfig:
     if quant_type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -567,6 +580,7 @@ def _config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype, ski
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=quant_storage,
         llm_int8_skip_modules=skip,
     )
 
@@ -611,19 +625,20 @@ def _hollow(parameter: bnb.nn.Params4bit, weight: torch.Tensor) -> bnb.nn.Params
         code = torch.empty(codes, device="meta")
         return bnb.functional.QuantState(absmax, code=code, blocksize=block, **more)
 
-    size, block = weight.numel(), parameter.blocksize
+    size, block, storage = weight.numel(), parameter.blocksize, parameter.quant_storage
     more = {"shape": weight.shape, "dtype": weight.dtype, "quant_type": parameter.quant_type}
     if parameter.compress_statistics:
         second = state(math.ceil(size / block), 256, 256, torch.float32, dtype=torch.float32)
         more |= {"offset": torch.empty((), device="meta"), "state2": second}
     scales = torch.uint8 if parameter.compress_statistics else torch.float32
     hollow = bnb.nn.Params4bit(
-        torch.empty(math.ceil(size / 2), 1, dtype=torch.uint8, device="meta"),
+        torch.empty(math.ceil(size / 2 / storage.itemsize), 1, dtype=storage, device="meta"),
         requires_grad=False,
         quant_state=state(size, block, 16, scales, **more),
         blocksize=block,
         compress_statistics=parameter.compress_statistics,
         quant_type=parameter.quant_type,
+        quant_storage=storage,
         bnb_quantized=True,
     )
     hollow.__deepcopy__ = lambda memo: hollow  # bitsandbytes would make the copy on the CPU
