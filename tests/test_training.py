@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from transformers import set_seed
 
-from mmqlora import TrainingError
+from mmqlora import TrainingError, benchmark
 from mmqlora.memory import measure
 from mmqlora.training import fine_tune, newest_checkpoint
 
@@ -139,6 +139,31 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert record["resumed_from_step"] == 10
     assert record["losses"] == losses
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_batches_of_a_step_count_by_their_labels():
+    """Also where a model ignores how many labels the Trainer counts, as Whisper does."""
+    task, adapters = benchmark.task("audio/none"), []
+    items = Subset(task.train(seed=0), range(12))
+    for size in (4, 2):
+        m = task.load().requires_grad_(False)
+        m.model.decoder.layers[0].fc1.requires_grad_(True)
+        options = {**OPTIONS, "learning_rate": 1e-4, "steps": 3, "batch_size": size, "accumulate": 4 // size}
+        record = fine_tune(m, items, collate=task.collate, **options)
+        adapters.append((record["losses"], m.model.decoder.layers[0].fc1.weight))
+    assert adapters[1][0] == pytest.approx(adapters[0][0], abs=2e-5)
+    assert torch.allclose(adapters[1][1], adapters[0][1], atol=1e-5)
+
+
+def test_no_labels_at_all_stop_the_run():
+    task = benchmark.task("audio/none")
+
+    def collate(items):
+        batch = task.collate(items)
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    with pytest.raises(TrainingError, match="loss is nan at step 1"):
+        fine_tune(task.load(), Subset(task.train(seed=0), range(4)), collate=collate, **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -62,17 +63,33 @@ def fine_tune(
         >>> record = fine_tune(model, train, evaluate, seed=0, steps=100)  # doctest: +SKIP
         >>> record["metrics"], record["peak_bytes"]  # doctest: +SKIP
 
+    With several processes the call goes into a script:
+
+        >>> record = fine_tune(model, train, evaluate, batch_size=8)  # doctest: +SKIP
+        >>> if accelerate.PartialState().is_main_process:  # doctest: +SKIP
+        ...     append_record("records.jsonl", record)
+
+    ``accelerate launch --multi_gpu --num_processes 2 script.py`` starts it twice, also on CPUs (with ``--cpu``
+    accelerate starts it once, unless mpirun does). Two processes with ``batch_size=8`` train as one with 16 does, as
+    losses are weighted by labels. What differs: dropout; losses that are not a mean over the labels other than -100,
+    such as contrastive ones, whose negatives are the items of the same process; and, without integer labels, the last
+    step of an epoch, which items of its start fill up.
+
+    FSDP (``--use_fsdp``) is for GPUs, and has not been run there yet. To shard 4-bit weights it needs them in the type
+    of the other weights: ``quantize(model, quant_storage=torch.bfloat16)``.
+
     Args:
         model: a transformers model, with or without PEFT adapters. What requires a gradient is trained.
         train: a map-style data set.
         evaluate: a data set, on which the mean loss is measured, or a function from the model (in evaluation mode) to
-            a dictionary of metrics; a key ``items`` in it holds scores by item and is kept apart.
+            a dictionary of metrics; a key ``items`` in it holds scores by item and is kept apart. Every process calls
+            the function, and what the main one gets counts.
         collate: from a list of items to a batch; the default is that of `transformers.Trainer`.
         loss: from the model's outputs, the labels and ``num_items_in_batch`` (labels of a whole step) to a loss, as
             the Trainer's ``compute_loss_func``; the default is the model's own.
         seed: order of the data and dropout. Adapters are initialized before: call `transformers.set_seed` first.
         steps: optimizer steps.
-        batch_size: items of a forward pass; ``accumulate`` of them make a step.
+        batch_size: items of a forward pass in each process; ``accumulate`` of them make a step.
         accumulate: forward passes of a step.
         learning_rate: the peak; it rises over ``warmup`` and falls linearly to zero.
         warmup: share of the steps, 0 to 1.
@@ -95,11 +112,13 @@ def fine_tune(
     Returns:
         A run record (see `records.make_record`): ``metrics``, ``items``, ``losses`` (one a step), ``wall_s``,
         ``cpu_s`` (of the training alone), ``peak_bytes``, ``start_bytes``, ``memory`` (its timeline), ``parameters``.
+        It is that of the main process, memory and times included, and all processes return it.
 
     Raises:
         TrainingError: nothing to train, no data, an option out of range, a loss or a weight that is not finite, or a
             checkpoint that can't be written. The message names the newest good checkpoint.
     """
+    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     options = {
         "steps": steps,
         "batch_size": batch_size,
@@ -109,7 +128,7 @@ def fine_tune(
         "weight_decay": weight_decay,
         "bf16": prefers_bf16(model) if bf16 is None else bf16,
         "gradient_checkpointing": gradient_checkpointing,
-        "optimizer": optimizer or ("paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch"),
+        "optimizer": optimizer or ("adamw_torch" if cpu else "paged_adamw_8bit"),
     }
     _check(model, train, options, output, save_every, resume)
     close_cpu_traps(model)
@@ -137,9 +156,12 @@ def fine_tune(
             remove_unused_columns=False,
             dataloader_num_workers=workers,
             disable_tqdm=not progress,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=cpu,
             seed=seed,
+            average_tokens_across_devices=False,  # _Trainer does
         )
+        if arguments.world_size > 1:  # one process leaves it out, so that the names of its runs stay
+            options["processes"] = arguments.world_size
         trainer = _Trainer(
             model=model,
             args=arguments,
@@ -151,8 +173,14 @@ def fine_tune(
         )
         trainer.model_accepts_loss_kwargs &= loss is None  # else the model would get what is meant for the loss
         trainer.remove_callback(PrinterCallback)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
+            raise TrainingError(
+                f"FSDP was asked for on {arguments.device} in processes={arguments.world_size}; accelerate shards "
+                "models in several processes on GPUs only. Launch with --multi_gpu in place of --use_fsdp, which gives "
+                "each process a whole copy."
+            )
         start = newest_checkpoint(folder) if resume else None
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, busy = time.perf_counter(), time.process_time()
         with measure() as memory:
             try:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -161,7 +189,7 @@ def fine_tune(
                     f"Stopped at step {trainer.state.global_step}: a file could not be read or written ({error}). "
                     f"{_advice(folder)}"
                 ) from error
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        wall, busy = time.perf_counter() - wall, time.process_time() - busy
         model.eval()
         metrics = dict(_evaluate(trainer, model, evaluate))
     items = metrics.pop("items", None)
@@ -170,7 +198,7 @@ def fine_tune(
         "metrics": metrics,
         "losses": [round(row["loss"], 5) for row in trainer.state.log_history if "loss" in row],
         "wall_s": round(wall, 3),
-        "cpu_s": round(cpu, 3),
+        "cpu_s": round(busy, 3),
         "resumed_from_step": int(start.name.split("-")[-1]) if start else 0,
         "start_bytes": memory.start_bytes,
         "peak_bytes": memory.peak_bytes,
@@ -180,7 +208,8 @@ def fine_tune(
     }
     if items is not None:
         measured["items"] = items
-    return make_record(experiment, config if config is not None else options, seed, data=data, measured=measured)
+    record = make_record(experiment, config if config is not None else options, seed, data=data, measured=measured)
+    return broadcast_object_list([record])[0]
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -208,15 +237,52 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 class _Trainer(Trainer):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # compute_loss weights the loss itself, of every model: some take the number of labels of a step and ignore it
+        # (Whisper). That they "accept" it makes the Trainer count labels, and leave the weight alone.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | None]:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes > 1 and batches and state.end_of_dataloader and state.remainder > 0:
+            # The epoch's last step is filled up with items of its start, which one process would not see again.
+            labels = batches[-1].get("labels")
+            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+                own = state.remainder - self.accelerator.process_index * self.args.per_device_train_batch_size
+                kept = torch.arange(len(labels), device=labels.device) < own
+                labels = labels.where(kept.view(-1, *[1] * (labels.ndim - 1)), -100)  # a copy: these may be the data's
+                batches[-1] = {**batches[-1], "labels": labels}
+                count = self._get_num_items_in_batch(batches, self.args.device)
+        return batches, count
+
+    def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Labels of these batches, on all processes."""
+        own = super()._get_num_items_in_batch(batches, device)
+        return None if own is None else self.accelerator.reduce(own, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the labels of a batch, times their share in the labels of the whole step."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if num_items_in_batch is not None:
+            own = super()._get_num_items_in_batch([inputs], self.args.device)
+            # Gradients and losses are averaged over processes, and a mean over no labels at all is NaN.
+            share = own * self.accelerator.num_processes / num_items_in_batch
+            loss = loss * share if own or not num_items_in_batch else loss.nan_to_num() * 0
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
+        total = self.accelerator.reduce(loss, "mean")  # so that all processes stop where one has to
+        if not torch.isfinite(total).all():
             # A checkpoint of this very step holds the weights that gave the loss; it is no place to go on from.
             spoiled = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if spoiled.exists():
+            if self.accelerator.is_main_process and spoiled.exists():
                 spoiled.rename(spoiled.with_name(f"diverged-{self.state.global_step}"))
+            self.accelerator.wait_for_everyone()
             raise TrainingError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Try a lower learning rate than "
+                f"The loss is {total.item()} at step {self.state.global_step + 1}. Try a lower learning rate than "
                 f"{self.args.learning_rate:g}, or look for inputs or labels that are not finite. "
                 f"{_advice(self.args.output_dir)}"
             )
