@@ -209,3 +209,11 @@ def test_a_timeline_keeps_peaks_in_few_points():
     assert seconds[0] == 0 and list(seconds) == sorted(seconds) and seconds[-1] >= 0.7
     assert used[0] == memory.start_bytes and max(used) == memory.peak_bytes
     assert used.index(max(used)) not in (0, len(used) - 1)
+
+
+def test_a_trained_model_computes_as_the_same_model_reloaded_does():
+    m, x = model(), Pairs()[0]
+    fine_tune(m, Pairs(), **{**OPTIONS, "bf16": True})
+    again = Line().eval()
+    again.load_state_dict(m.state_dict())
+    assert torch.equal(m(x["x"], x["labels"])["loss"], again(x["x"], x["labels"])["loss"])

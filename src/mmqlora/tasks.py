@@ -349,14 +349,11 @@ class Retrieval(Task):
         return batch | {"labels": torch.arange(len(examples))}
 
     @staticmethod
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def loss(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
         """Symmetric cross-entropy, of frames' mean similarity: what `fine_tune` takes as ``loss``."""
         texts = len(labels)
         similarity = outputs.logits_per_text.view(texts, texts, -1).mean(2)
-        both = F.cross_entropy(similarity, labels, reduction="sum") + F.cross_entropy(
-            similarity.T, labels, reduction="sum"
-        )
-        return both / 2 / (texts if num_items_in_batch is None else num_items_in_batch)
+        return (F.cross_entropy(similarity, labels) + F.cross_entropy(similarity.T, labels)) / 2
 
     @torch.no_grad()
     def answer(self, model: nn.Module, asked: Sequence[Batch]) -> list[dict[str, Any]]:

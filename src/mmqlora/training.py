@@ -85,8 +85,8 @@ def fine_tune(
             a dictionary of metrics; a key ``items`` in it holds scores by item and is kept apart. Every process calls
             the function, and what the main one gets counts.
         collate: from a list of items to a batch; the default is that of `transformers.Trainer`.
-        loss: from the model's outputs, the labels and ``num_items_in_batch`` (labels of a whole step) to a loss, as
-            the Trainer's ``compute_loss_func``; the default is the model's own.
+        loss: from the model's outputs and the labels to a mean over these, called as the Trainer calls its
+            ``compute_loss_func``; the default is the model's own.
         seed: order of the data and dropout. Adapters are initialized before: call `transformers.set_seed` first.
         steps: optimizer steps.
         batch_size: items of a forward pass in each process; ``accumulate`` of them make a step.
@@ -171,7 +171,6 @@ def fine_tune(
             compute_loss_func=loss,
             callbacks=list(callbacks),
         )
-        trainer.model_accepts_loss_kwargs &= loss is None  # else the model would get what is meant for the loss
         trainer.remove_callback(PrinterCallback)
         if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
             raise TrainingError(
@@ -192,6 +191,8 @@ def fine_tune(
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
         model.eval()
         metrics = dict(_evaluate(trainer, model, evaluate))
+        # The Trainer leaves autocast around the model: it would say something else than the same model reloaded.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     items = metrics.pop("items", None)
     counts = [(p.requires_grad, _elements(p)) for p in model.parameters()]
     measured = {
