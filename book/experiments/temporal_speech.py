@@ -41,12 +41,25 @@ def score(record: Mapping[str, Any]) -> float:
 
 def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run of the grid."""
+    at_hand()
+    set_seed(seed)
+    model, processor = quantization.load(speech.MODEL, quant_type="nf4", dtype=torch.float32)
+    model = adapt(model, config["arm"], CONTENT["audio"], **ADAPTERS)
+    with mean_of(config["arm"]):
+        return learn(model, processor, config, seed, "temporal_speech")
+
+
+def at_hand() -> Path:
+    """The folder of speech; where it or the model is missing, an error says what to do."""
     folder = speech.at_hand()
     if folder is None:
         raise FileNotFoundError("neither Whisper tiny.en nor speech is at hand; set MMQLORA_REAL to their folder")
-    set_seed(seed)
-    model, processor = quantization.load(speech.MODEL, quant_type="nf4", dtype=torch.float32)
-    train, sets = speech.data_sets(folder, tuning=config.get("validation", False))
+    return folder
+
+
+def learn(model: torch.nn.Module, processor: Any, config: dict[str, Any], seed: int, experiment: str) -> dict[str, Any]:
+    """Fine-tune an adapted Whisper on dialogue and judge it: the record."""
+    train, sets = speech.data_sets(at_hand(), tuning=config.get("validation", False))
     name = "voices" if config.get("validation") else "synthetic"
     sets = {name: sets[name]}
     judge = speech.judge(sets, processor, {name: (WINDOW,)})
@@ -58,8 +71,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
         return {**found, "word_accuracy": float(right.mean()), "items": {"word_accuracy": right.round(4).tolist()}}
 
     examples = prepare(train, processor, WINDOW, progress=False)
-    model = adapt(model, config["arm"], CONTENT["audio"], **ADAPTERS)
-    with mean_of(config["arm"]), short_window(model, WINDOW):
+    with short_window(model, WINDOW):
         return fine_tune(
             model,
             examples,
@@ -71,7 +83,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
             learning_rate=config["learning_rate"],
             bf16=False,
             progress=False,
-            experiment="temporal_speech",
+            experiment=experiment,
             config=config,
             data="-".join(one.fingerprint() for one in [train, *sets.values()]),
         )

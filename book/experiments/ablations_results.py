@@ -1,0 +1,254 @@
+"""What the records of *Ablations* say: the tables, figures and sentences of the chapter read from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from experiments.ablations import (
+    ABLATIONS,
+    CROSSINGS,
+    SEEDS,
+    Config,
+    center,
+    lent,
+    levels,
+    primary,
+    rate,
+    recorded,
+    score,
+    tried,
+    tuned_as,
+)
+from mmqlora.comparisons import Comparison, compare
+from mmqlora.errors import RecordError
+
+MARGIN = 0.02  # of the primary score, as in *Baselines*: within it two levels count as equal
+COLORS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#de8f05", "#949494", "#ca9161")
+Level = tuple[str, ...]
+
+
+class Results:
+    """The records, and what follows from them.
+
+    Args:
+        find: from a configuration without its rate, and a seed, to a record or None; the default looks in records/.
+    """
+
+    def __init__(self, find: Callable[[Config, int], dict[str, Any] | None] | None = None) -> None:
+        self._find = find or _found
+        self._kept: dict[tuple[str, str], dict[Level, list[dict[str, Any]]]] = {}
+
+    def of(self, ablation: str, task: str) -> dict[Level, list[dict[str, Any]]]:
+        """Records by level, in the order of the levels; without levels that have none."""
+        if (ablation, task) not in self._kept:
+            runs = {
+                level: [run for seed in SEEDS if (run := self._find(config, seed))]
+                for level, config in levels(ablation, task).items()
+            }
+            self._kept[ablation, task] = {level: own for level, own in runs.items() if own}
+        return self._kept[ablation, task]
+
+    def tasks(self, ablation: str) -> list[str]:
+        """The tasks of an ablation of which the center and another level have records."""
+        return [task for task in ABLATIONS[ablation] if {center(ablation, task)} < set(self.of(ablation, task))]
+
+    def scores(self, ablation: str, task: str) -> dict[Level, np.ndarray]:
+        """Primary score of every seed, by level."""
+        return {level: np.array([score(run) for run in own]) for level, own in self.of(ablation, task).items()}
+
+    def table(self, ablation: str, task: str) -> pd.DataFrame:
+        """One row a level: mean, deviation over seeds, seeds, parameters, the learning rate."""
+        rows = [
+            {
+                "level": _name(level),
+                "score": np.mean([score(run) for run in own]),
+                "sd": np.std([score(run) for run in own], ddof=1) if len(own) > 1 else np.nan,
+                "seeds": len(own),
+                "parameters": own[0].get("parameters", {}).get("trainable"),
+                "learning rate": own[0]["config"]["learning_rate"],
+            }
+            for level, own in self.of(ablation, task).items()
+        ]
+        return pd.DataFrame(rows).set_index("level")
+
+    def against(self, ablation: str, task: str, baseline: Level | None = None) -> Comparison:
+        """Every level against the center, or against another level: paired by seed and item."""
+        runs = [
+            {**run, "config": {"level": _name(level)}} for level, own in self.of(ablation, task).items() for run in own
+        ]
+        return compare(
+            runs, _name(baseline or center(ablation, task)), by="config.level", metric=primary(task), margin=MARGIN
+        )
+
+    def effect(self, ablation: str, task: str, level: Level, baseline: Level | None = None) -> str:
+        """A level minus the center, in points with its interval, in words."""
+        table = self.against(ablation, task, baseline).table.set_index("arm")
+        row = 100 * table.loc[_name(level), ["difference", "low", "high"]].astype(float)
+        return f"{row.difference:+.1f} points ({row.low:+.1f} to {row.high:+.1f})"
+
+    def interaction(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> pd.Series:
+        """How much more the second row gains from the second column than the first row does, with a 95% interval.
+
+        The difference of differences of each seed that has all four runs, and its t interval over these seeds.
+        """
+        four = [(row, column) for row in rows for column in columns]
+        by_seed = [{run["seed"]: score(run) for run in self.of(ablation, task).get(level, [])} for level in four]
+        seeds = sorted(set.intersection(*(set(own) for own in by_seed)))
+        if len(seeds) < 2:
+            raise RecordError(f"{ablation}, {task}: {four} share the seeds {seeds}; expected two at least.")
+        values = np.array([[own[seed] for seed in seeds] for own in by_seed])
+        found = (values[3] - values[2]) - (values[1] - values[0])
+        low, high = _interval(found)
+        return pd.Series({"difference": found.mean(), "low": low, "high": high, "seeds": len(seeds)})
+
+    def summary(self) -> pd.DataFrame:
+        """One row an ablation and task: the best and the worst level, how far apart, and how levels are judged."""
+        rows = []
+        for ablation in ABLATIONS:
+            for task in self.tasks(ablation):
+                table = self.against(ablation, task).table
+                means = dict(zip(table["arm"], table["mean"], strict=True))
+                means[_name(center(ablation, task))] = table["baseline_mean"].iloc[0]
+                best, worst = max(means, key=means.get), min(means, key=means.get)
+                rows.append(
+                    {
+                        "ablation": ablation,
+                        "task": task,
+                        "best": best,
+                        "worst": worst,
+                        "range": means[best] - means[worst],
+                        "better": int(table["verdict"].str.startswith("better").sum()),
+                        "worse": int(table["verdict"].str.startswith("worse").sum()),
+                        "equal": int(table["verdict"].str.contains("equivalent").sum()),
+                        "levels": len(means),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def tuning(self, ablation: str, task: str) -> pd.DataFrame:
+        """Score on the seed of tuning, a row a level and a column a learning rate; NaN where a rate was not tried."""
+        rows = {
+            _name(level): tried(tuned_as(config))
+            for level, config in levels(ablation, task).items()
+            if tuned_as(config) == config or lent(config)
+        }
+        table = pd.DataFrame.from_dict({name: own for name, own in rows.items() if own}, orient="index")
+        return table[sorted(table.columns)]
+
+    # --- Figures
+
+    def plot_effects(self, ablation: str) -> Figure:
+        """Differences from the center, a panel a task: intervals, and every seed as a dot."""
+        found = {task: self.against(ablation, task) for task in self.tasks(ablation)}
+        heights = [len(own.table) for own in found.values()]
+        size = (7.2, 1.0 * len(found) + 0.4 * sum(heights))
+        figure, panels = plt.subplots(len(found), 1, figsize=size, height_ratios=heights, squeeze=False)
+        for axes, (task, own) in zip(panels[:, 0], found.items(), strict=True):
+            own.plot(axes).set_title(task)
+            axes.set_xlabel("")
+        axes.set_xlabel(f"difference from {_name(center(ablation, task))} (95% interval; dots: seeds)")
+        return figure
+
+    def plot_levels(self, ablation: str) -> Figure:
+        """Scores themselves, a panel a task: every seed as a dot, means of seeds with 95% intervals as bars."""
+        tasks = self.tasks(ablation)
+        figure, panels = plt.subplots(1, len(tasks), figsize=(max(3.6, 2.6 * len(tasks)), 3.6), squeeze=False)
+        for axes, task in zip(panels[0], tasks, strict=True):
+            scores = self.scores(ablation, task)
+            _dots(axes, list(scores.values()), COLORS[0])
+            axes.set_xticks(range(len(scores)), [_name(level) for level in scores], rotation=40, ha="right")
+            axes.set_title(task, fontsize=10)
+            axes.set_ylabel(primary(task).replace("_", " "))
+        return figure
+
+    def plot_heat(self, ablation: str, task: str) -> Figure:
+        """Means over seeds in two factors: a row a level of the first, a column a level of the second."""
+        scores = {level: own.mean() for level, own in self.scores(ablation, task).items()}
+        rows, columns = _factors(ablation, scores)
+        return _heat([[scores.get((r, c), np.nan) for c in columns] for r in rows], rows, columns, primary(task))
+
+    def plot_tuning(self, ablation: str, task: str) -> Figure:
+        """The interaction of level and learning rate, on the one seed of tuning."""
+        table = self.tuning(ablation, task)
+        rates = [f"{one:g}" for one in table.columns]
+        figure = _heat(table.to_numpy(), list(table.index), rates, primary(task))
+        figure.axes[0].set_xlabel("learning rate")
+        return figure
+
+    def plot_interaction(self, ablation: str, task: str) -> Figure:
+        """Score over the second factor, a line a level of the first; every seed as a dot, means with 95% intervals."""
+        scores = self.scores(ablation, task)
+        rows, columns = _factors(ablation, scores)
+        figure, axes = plt.subplots(figsize=(7.2, 4.2))
+        for number, row in enumerate(rows):
+            own = [scores.get((row, column), np.array([])) for column in columns]
+            shift = 0.12 * (number - (len(rows) - 1) / 2)
+            _dots(axes, own, COLORS[number % len(COLORS)], shift, "osD^vP*"[number % 7], row)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_ylabel(primary(task).replace("_", " "))
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+        return figure
+
+
+def _found(config: Config, seed: int) -> dict[str, Any] | None:
+    found = rate(config)
+    return None if found is None else recorded({**config, "learning_rate": found}, seed)
+
+
+def _name(level: Level) -> str:
+    return ", ".join(level)
+
+
+def _factors(ablation: str, found: dict[Level, Any]) -> tuple[list[str], list[str]]:
+    """Levels of both factors, in their order."""
+    if ablation not in CROSSINGS:
+        raise RecordError(f"{ablation} has one factor; crossed are {', '.join(CROSSINGS)}.")
+    return list(dict.fromkeys(level[0] for level in found)), list(dict.fromkeys(level[1] for level in found))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% t interval of a mean over seeds; NaN of fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    wide = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - wide), float(values.mean() + wide)
+
+
+def _dots(
+    axes: Axes, scores: Sequence[np.ndarray], color: str, shift: float = 0.0, mark: str = "D", label: str | None = None
+) -> None:
+    """Every seed as a dot; means with intervals, joined where there is a label. Places without scores are left out."""
+    there = [place for place, own in enumerate(scores) if len(own)]
+    means = np.array([scores[place].mean() for place in there])
+    bounds = np.array([_interval(scores[place]) for place in there]).reshape(-1, 2)
+    x = np.array(there) + shift
+    for place, own in zip(there, (scores[place] for place in there), strict=True):
+        axes.plot(np.full(len(own), place + shift - 0.05), own, "o", color=color, alpha=0.4, ms=4, mew=0)
+    wide = np.abs(bounds.T - means)
+    line = "-" if label else ""
+    axes.errorbar(x, means, wide, color=color, marker=mark, ls=line, ms=6, lw=1.4, elinewidth=2, label=label)
+
+
+def _heat(values: Any, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
+    """A heat map with its numbers in it; white where there is nothing."""
+    values = np.asarray(values, float)
+    figure, axes = plt.subplots(figsize=(2.4 + 0.9 * len(columns), 1.4 + 0.5 * len(rows)))
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if value > middle else "white"
+            axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=color, fontsize=10)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=False)
+    figure.colorbar(image, label=label.replace("_", " "))
+    return figure
