@@ -265,9 +265,10 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the labels of a batch, times their share in the labels of the whole step."""
+        # Counted before: where the loss is ours, the Trainer takes the labels out of the batch.
+        own = None if num_items_in_batch is None else super()._get_num_items_in_batch([inputs], self.args.device)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if num_items_in_batch is not None:
-            own = super()._get_num_items_in_batch([inputs], self.args.device)
+        if own is not None:
             # Gradients and losses are averaged over processes, and a mean over no labels at all is NaN.
             share = own * self.accelerator.num_processes / num_items_in_batch
             loss = loss * share if own or not num_items_in_batch else loss.nan_to_num() * 0
