@@ -1,4 +1,4 @@
-"""Cheap runs for tests/test_grids.py. Light imports only, as every process of a grid imports this file."""
+"""Cheap runs for tests/test_grids.py and tests/test_cluster.py. Light imports only, as every process of a grid imports this file."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def log(config, seed):
 
 def process(config, seed):
     return record(config, seed, pid=os.getpid(), threads=os.environ["OMP_NUM_THREADS"], argument=sys.stdin.read())
+
+
+def devices(config, seed):
+    return record(config, seed, threads=os.environ["OMP_NUM_THREADS"], devices=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def torch_threads(config, seed):

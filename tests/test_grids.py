@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from mmqlora import GridError
-from mmqlora.grids import _SCRIPT as SCRIPT
-from mmqlora.grids import run_grid
+from mmqlora.grids import SCRIPT, run_grid
 from mmqlora.records import append_record
 
 CHEAP = "grid_functions:cheap"

@@ -18,14 +18,10 @@ import json
 import logging
 import operator
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,6 +30,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ._grid_process import POLL_S, SCRIPT, Worker
+from .cluster import Cluster, Seat
 from .errors import GridError
 from .records import append_record, read_records, run_id
 
@@ -41,17 +39,7 @@ __all__ = ["Failure", "Grid", "run_grid"]
 
 logger = logging.getLogger("mmqlora")
 
-_SCRIPT = str(Path(__file__).with_name("_grid_worker.py"))
-_POLL_S = 0.2  # between two looks at time limits and at runs that another grid holds
 _ERROR_LINES = 20
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "RAYON_NUM_THREADS",  # Hugging Face's tokenizers
-)
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,8 @@ def run_grid(
     timeout: float | None = None,
     fresh: bool = False,
     progress: bool = True,
+    cluster: str | None = None,
+    gpus: float = 0,
 ) -> Grid:
     """Run what is missing in a file of records; what is there is never run again.
 
@@ -116,22 +106,28 @@ def run_grid(
         fresh: a new process for each run. It costs the imports each time. Ask for it where peak memory is measured:
             a process that made other runs before has the memory that they left behind.
         progress: show a progress bar with an estimate of the time left.
+        cluster: where the runs are made: None for processes of this machine; ``"local"`` for a Ray cluster that is
+            started on this machine and stopped at the end; else the address of a running one, as `cluster` explains.
+        gpus: GPUs of each run on a cluster, such as 1, or 0.5 for two runs on one GPU. A run sees no others.
 
     Returns:
         A `Grid`. A run that fails does not stop the others: look at ``failures``.
 
     Raises:
         GridError: the function can't be imported, two runs are alike, a configuration is not JSON, an option is out
-            of range, or the file holds another experiment's records too.
+            of range, the file holds another experiment's records too, Ray is not installed, or the cluster does not
+            answer.
         RecordError: the file is damaged, or the disk refused a record.
     """
     name, wanted, path = _importable(function), _by_key(runs), Path(path)
-    _check(processes, threads, retries, timeout)
+    _check(processes, threads, retries, timeout, cluster, gpus)
     waiting = deque(key for key in wanted if key not in _recorded(path))
     attempts: Counter[str] = Counter()
     failures: dict[str, Failure] = {}
-    busy: list[_Worker] = []
-    idle: list[_Worker] = []
+    busy: list[Worker | Seat] = []
+    idle: list[Worker | Seat] = []
+    # Not where everything is recorded: a cluster takes a while to start.
+    nodes = Cluster(cluster, processes, threads, gpus) if cluster is not None and waiting else None
     # smoothing=0: runs take the same time, so the mean of all says best how long the rest takes.
     bar = tqdm(
         total=len(wanted),
@@ -157,13 +153,15 @@ def run_grid(
                     attempts[key] += 1
                     while idle and not idle[-1].alive:  # killed while it waited
                         idle.pop().stop()
-                    worker = idle.pop() if idle else _Worker(name, threads)
+                    worker = (
+                        idle.pop() if idle else nodes.seat(name, fresh, timeout) if nodes else Worker(name, threads)
+                    )
                     busy.append(worker)
                     worker.start(key, wanted[key], claim)
             if not busy:
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
                 continue
-            wait([worker.replies for worker in busy], _POLL_S)
+            (nodes.wait if nodes else wait)([worker.replies for worker in busy], POLL_S)
             for worker in list(busy):
                 reply = worker.reply(timeout)
                 if reply is None:
@@ -182,7 +180,7 @@ def run_grid(
                         bar.set_postfix(failed=len(failures))
                 _release(worker.claim, recorded=error is None)
                 busy.remove(worker)
-                if fresh or not worker.alive:
+                if (fresh and not nodes) or not worker.alive:
                     worker.stop()
                 else:
                     idle.append(worker)
@@ -192,86 +190,10 @@ def run_grid(
             worker.stop()
         for worker in busy:
             _release(worker.claim, recorded=False)
+        if nodes:
+            nodes.close()
     done = _recorded(path)
     return Grid([done[key] for key in wanted if key in done], [failures[key] for key in wanted if key in failures])
-
-
-class _Worker:
-    """A child process that runs `_grid_worker.py`, and the run that it is at."""
-
-    key: str
-    claim: FileLock
-
-    def __init__(self, function: str, threads: int) -> None:
-        self.log = tempfile.TemporaryFile()  # what runs print; a pipe that nobody empties would block them
-        self.process = subprocess.Popen(
-            # -P: the script's folder has modules whose names others could mean.
-            [sys.executable, "-P", _SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env={**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # so that it can be killed together with the processes that it started
-        )
-        self.replies = self.process.stdout
-        places = [place for place in sys.path if isinstance(place, str)]
-        self._send({"parent": os.getpid(), "path": places, "threads": threads, "function": function})
-
-    def start(self, key: str, run: tuple[dict[str, Any], int], claim: FileLock) -> None:
-        self.key, self.claim = key, claim
-        self.buffer, self.started, self.logged = b"", time.monotonic(), os.fstat(self.log.fileno()).st_size
-        self._send({"config": run[0], "seed": run[1]})
-
-    def _send(self, message: dict[str, Any]) -> None:
-        with suppress(BrokenPipeError):  # it has died; the end of its replies says so
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def reply(self, timeout: float | None) -> dict[str, Any] | None:
-        """What came of the run, or None while it lasts. A process that died or took too long is no longer alive."""
-        # Asked before reading: what it wrote before it died still counts. Not left to the end of the pipe alone, which
-        # does not come while a process that it started is left.
-        ended = not self.alive
-        while wait([self.replies], 0):
-            part = os.read(self.replies.fileno(), 1 << 16)
-            self.buffer += part
-            if self.buffer.endswith(b"\n"):
-                return json.loads(self.buffer)
-            if not part:
-                ended = True
-                break
-        if ended:
-            return self._lost(f"The process {_how_it_ended(self._kill())}.")
-        if timeout is not None and time.monotonic() - self.started > timeout:
-            self._kill()
-            return self._lost(f"The run took longer than {timeout:g} s.")
-        return None
-
-    def _kill(self) -> int:
-        with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM where only zombies are left
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
-
-    def _lost(self, why: str) -> dict[str, str]:
-        size = os.fstat(self.log.fileno()).st_size
-        start = max(self.logged, size - 65536)
-        # pread: the child shares the file's position, so it must not move.
-        printed = os.pread(self.log.fileno(), size - start, start).decode(errors="replace")
-        return {"error": f"{printed.rstrip()}\n{why}"}
-
-    def stop(self) -> None:
-        self._kill()
-        for file in (self.process.stdin, self.replies, self.log):
-            with suppress(OSError):
-                file.close()
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with exit code {code}"
 
 
 def _tail(text: str, lines: int = _ERROR_LINES) -> str:
@@ -280,7 +202,7 @@ def _tail(text: str, lines: int = _ERROR_LINES) -> str:
 
 def _importable(function: str | Callable[..., Any]) -> str:
     """The name by which a new process finds the function."""
-    if getattr(sys.modules["__main__"], "__file__", None) == _SCRIPT:
+    if getattr(sys.modules["__main__"], "__file__", None) == SCRIPT:
         raise GridError(
             "run_grid was called while a process of a grid imported the function's module. "
             'Put the call behind if __name__ == "__main__":'
@@ -330,12 +252,14 @@ def _by_key(runs: Iterable[tuple[Mapping[str, Any], int]]) -> dict[str, tuple[di
     return wanted
 
 
-def _check(processes: int, threads: int, retries: int, timeout: float | None) -> None:
+def _check(processes: int, threads: int, retries: int, timeout: float | None, cluster: str | None, gpus: float) -> None:
     for name, value, least in (("processes", processes, 1), ("threads", threads, 1), ("retries", retries, 0)):
         if value < least:
             raise GridError(f"{name}={value}, expected at least {least}.")
     if timeout is not None and not timeout > 0:
         raise GridError(f"timeout={timeout}, expected seconds above 0, or None for no limit.")
+    if gpus < 0 or (gpus and cluster is None):
+        raise GridError(f"gpus={gpus}, expected 0 or more, and a cluster to have them, such as cluster='local'.")
 
 
 def _recorded(path: Path) -> dict[str, dict[str, Any]]:
