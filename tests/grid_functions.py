@@ -1,4 +1,4 @@
-"""Cheap runs for tests/test_grids.py and tests/test_cluster.py. Light imports only, as every process of a grid imports this file."""
+"""Cheap runs for tests of grids. Light imports only, as every process of a grid imports this file."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Example:
     >>> run_grid("experiments.demo:run", runs, path, cluster="local")  # doctest: +SKIP
     >>> run_grid("experiments.demo:run", runs, path, cluster="10.0.0.1:6379", processes=64, gpus=1)  # doctest: +SKIP
 
-It needs ``pip install 'mmqlora[cluster]'``. ``"local"`` starts a cluster on this machine and stops it again. Any other
+It needs Ray: ``pip install 'ray[client]'``. ``"local"`` starts a cluster on this machine and stops it again. Any other
 string is the address of one that runs: ``"auto"`` for that of the machine this is started on, ``"host:6379"`` from a
 machine of the cluster, ``"ray://host:10001"`` from outside. A process that has called ``ray.init`` itself, with a
 ``runtime_env`` for example, goes on with that cluster by ``"auto"``, and stays connected.
@@ -60,7 +60,7 @@ class Cluster:
             import ray
         except ImportError as error:
             raise GridError(
-                f"cluster={address!r} needs Ray, which can't be imported ({error}): pip install 'mmqlora[cluster]'"
+                f"cluster={address!r} needs Ray, which can't be imported ({error}): pip install 'ray[client]'"
             ) from error
         self.ray, self.address, self.needs = ray, address, {"CPU": threads, "GPU": gpus}
         self.own = not ray.is_initialized()
