@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from test_datasets_real import make_audiocaps, make_clotho, make_librispeech, ma
 from mmqlora import RecipeError, plan
 from mmqlora.__main__ import main
 from mmqlora.recipes import RECIPES, plan_recipe, read_recipe, run_recipe
+from mmqlora.records import read_records
 
 
 def make_all_audiocaps(folder: Path) -> None:
@@ -124,3 +128,25 @@ def test_seconds_that_do_not_fill_the_window_take_fewer_tokens() -> None:
 def test_a_recipe_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file; expected a TOML file, or one of clap_audiocaps"):
         read_recipe(tmp_path / "none.toml")
+
+
+def test_two_processes_share_the_clips_and_leave_one_record(tmp_path: Path) -> None:
+    save("openai/clip-vit-base-patch32", tmp_path / "models")
+    make_msrvtt(tmp_path / "data")
+    command = ["-m", "mmqlora", "run", "clip_msrvtt", "--data", str(tmp_path / "data"), "--set", "training.steps=2"]
+    command += ["training.workers=0", "evaluation.workers=0", "task.frames=2"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = {**os.environ, "MMQLORA_MODELS": str(tmp_path / "models"), "OMP_NUM_THREADS": "1"}
+    said = {}
+    for name, more in (("one", []), ("two", launch)):
+        whole = [sys.executable, *more, *command, "training.batch_size=2", "--output", str(tmp_path / name)]
+        done = subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[name] = done.stdout
+    one, two = (read_records(tmp_path / name / "record.jsonl") for name in ("one", "two"))
+    assert len(two) == 1 and two[0]["before"] == one[0]["before"] and two[0]["training"]["processes"] == 2
+    assert {path.name for path in (tmp_path / "two" / "after").glob("*.jsonl")} == {
+        "answers-0-of-2.jsonl",
+        "answers-1-of-2.jsonl",
+    }
+    assert said["two"].count("could not be read") == 1

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from accelerate import PartialState
 
 from .errors import MMQLoRAError, RecipeError
 from .methods import METHODS
@@ -90,6 +91,8 @@ def _plan(model: str, gpu: str | None, quant_type: str, method: str, frozen: Seq
 def _run(recipe: str, data: str, output: str, media: str | None, seed: int, set: Sequence[str]) -> int:
     read = read_recipe(recipe).but(**dict(map(_assignment, set)))
     record = run_recipe(read, data, output, media=media, seed=seed)
+    if not PartialState().is_main_process:
+        return 0
     table = pd.DataFrame({"before": record["before"], "after": record["metrics"]})
     print(f"{read.title}\n{table.round(4).to_string()}")
     print(f"{record['clips']} clips; {record['skipped']} could not be read. Published: {read.published}")

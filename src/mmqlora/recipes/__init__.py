@@ -46,6 +46,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -199,7 +200,7 @@ def run_recipe(
         RecipeError: the output folder holds the run of another recipe or seed.
         MMQLoRAError: what the parts raise: data that is not there, a model that does not fit, a loss of NaN.
     """
-    output, state = Path(output), PartialState()
+    output, state = Path(output), PartialState(cpu=not torch.cuda.is_available())
     config = {name: dict(getattr(recipe, name)) for name in _SECTIONS[:6]}
     done = output / "record.jsonl"
     if done.exists():
