@@ -23,22 +23,25 @@ class Results:
     def about(self) -> str:
         """How many recipes there are, and what they fit, in a sentence."""
         cards = [record["fits"] for record in self.records]
-        shares = ", ".join(f"{cards.count(card)} a {card}" for card in GPUS if card in cards)
+        shares = ", ".join(f"{card} is enough for {cards.count(card)}" for card in GPUS if card in cards)
         models, sets = ({record[key] for record in self.records} for key in ("model", "data_set"))
-        return f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets; by the plan, {shares}."
+        return f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets. By the plan, a {shares}."
 
     def table(self) -> pd.DataFrame:
-        """Each recipe with its planned memory, the smallest card for it, and what others published."""
+        """Each recipe with its planned memory, and the smallest card for it."""
         return pd.DataFrame(
             {
                 "recipe": record["config"]["recipe"],
                 "trained (millions)": f"{record['trained'] / 1e6:.1f}",
                 "memory (GiB)": f"{record['process'] / GIB:.1f}",
                 "fits": record["fits"],
-                "published": record["published"],
             }
             for record in self.records
         )
+
+    def published(self) -> str:
+        """What others published, by recipe."""
+        return "\n".join(f"* *{record['config']['recipe']}*: {record['published']}." for record in self.records)
 
     def plot(self) -> Figure:
         """Planned memory by region, and the limits of cards."""
