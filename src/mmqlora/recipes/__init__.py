@@ -79,7 +79,10 @@ DATASETS: dict[str, type[Clips]] = {
 }
 
 RECIPES: dict[str, Path] = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
-"""The recipes that come with the library, by name."""
+"""The recipes that come with the library, by name.
+
+:meta hide-value:
+"""
 
 
 @dataclass(frozen=True)
