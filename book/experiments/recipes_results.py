@@ -23,9 +23,9 @@ class Results:
     def about(self) -> str:
         """How many recipes there are, and what they fit, in a sentence."""
         cards = [record["fits"] for record in self.records]
-        shares = ", ".join(f"{card} is enough for {cards.count(card)}" for card in GPUS if card in cards)
+        shares = ", ".join(f"{card} for {cards.count(card)}" for card in GPUS if card in cards)
         models, sets = ({record[key] for record in self.records} for key in ("model", "data_set"))
-        return f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets. By the plan, a {shares}."
+        return f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets. The smallest card that fits, by the plan: {shares}."
 
     def table(self) -> pd.DataFrame:
         """Each recipe with its planned memory, and the smallest card for it."""
