@@ -25,7 +25,8 @@ class Results:
         cards = [record["fits"] for record in self.records]
         shares = ", ".join(f"{card} for {cards.count(card)}" for card in GPUS if card in cards)
         models, sets = ({record[key] for record in self.records} for key in ("model", "data_set"))
-        return f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets. The smallest card that fits, by the plan: {shares}."
+        count = f"{len(cards)} recipes for {len(models)} models and {len(sets)} data sets."
+        return f"{count} The smallest card that fits, by the plan: {shares}."
 
     def table(self) -> pd.DataFrame:
         """Each recipe with its planned memory, and the smallest card for it."""
