@@ -7,7 +7,9 @@ Example:
 It needs Ray: ``pip install 'ray[client]'``. ``"local"`` starts a cluster on this machine and stops it again. Any other
 string is the address of one that runs: ``"auto"`` for that of the machine this is started on, ``"host:6379"`` from a
 machine of the cluster, ``"ray://host:10001"`` from outside. A process that has called ``ray.init`` itself, with a
-``runtime_env`` for example, goes on with that cluster by ``"auto"``, and stays connected.
+``runtime_env`` for example, goes on with that cluster by ``"auto"``, and stays connected. A cluster that asks for a
+token gets it as Ray has it: from ``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or Ray's own file, and only where
+``RAY_AUTH_MODE=token`` is set, as Ray sends none to an address by itself.
 
 Ray only finds the places. On its node a run gets the process that it would get here, with the same threads, time limit
 and last words, and the record comes back here to be written. So nodes need no common disk; they need mmqlora, the
