@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import random
+import secrets
 import subprocess
 import sys
 import threading
@@ -38,10 +39,15 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def head():
     """A cluster that another process has started, as somebody's cluster is; its process and address."""
-    with subprocess.Popen([sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
-        address = next(line.split()[1] for line in p.stdout if line.startswith("address"))
-        yield psutil.Process(p.pid), address
-        p.stdin.close()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with pytest.MonkeyPatch.context() as patch:
+        # A token of its own for both sides: Ray sends none to an address by itself. Set before Ray is imported here.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with subprocess.Popen([sys.executable, "-c", HEAD], **pipes) as process:
+            address = next(line.split()[1] for line in process.stdout if line.startswith("address"))
+            yield psutil.Process(process.pid), address
+            process.stdin.close()
 
 
 def workers(parent):

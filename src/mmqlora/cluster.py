@@ -7,7 +7,9 @@ Example:
 It needs Ray: ``pip install 'ray[client]'``. ``"local"`` starts a cluster on this machine and stops it again. Any other
 string is the address of one that runs: ``"auto"`` for that of the machine this is started on, ``"host:6379"`` from a
 machine of the cluster, ``"ray://host:10001"`` from outside. A process that has called ``ray.init`` itself, with a
-``runtime_env`` for example, goes on with that cluster by ``"auto"``, and stays connected.
+``runtime_env`` for example, goes on with that cluster by ``"auto"``, and stays connected. A cluster that asks for a
+token gets it as Ray has it: from ``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or Ray's own file, and only where
+``RAY_AUTH_MODE=token`` is set, as Ray sends none to an address by itself.
 
 Ray only finds the places. On its node a run gets the process that it would get here, with the same threads, time limit
 and last words, and the record comes back here to be written. So nodes need no common disk; they need mmqlora, the
@@ -22,7 +24,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,12 +60,13 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
+            from ray import is_initialized  # not there where "ray" is but a folder of that name
         except ImportError as error:
             raise GridError(
                 f"cluster={address!r} needs Ray, which can't be imported ({error}): pip install 'ray[client]'"
             ) from error
         self.ray, self.address, self.needs = ray, address, {"CPU": threads, "GPU": gpus}
-        self.own = not ray.is_initialized()
+        self.own = not is_initialized()
         if not self.own and address not in ("auto", ray.get_runtime_context().gcs_address):
             raise GridError(
                 f"cluster={address!r}, but this process is connected to a Ray cluster already. Expected cluster='auto' "
@@ -90,7 +93,7 @@ class Cluster:
         for left in reversed(range(_STARTS if self.address == "local" else 1)):
             before = set(psutil.Process().children(recursive=True))
             try:
-                with _quiet():
+                with _quiet(), _soon() if self.address != "local" else nullcontext():
                     self.ray.init(address=self.address, **options)
                 return
             except BaseException as error:  # Ray raises many kinds, by its version and by what is wrong
@@ -185,6 +188,20 @@ def _ask(address: str) -> None:
         socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S).close()
     except (OSError, ValueError) as error:
         raise GridError(f"cluster={address!r} does not answer ({error}). {_FITS}") from error
+
+
+@contextmanager
+def _soon() -> Iterator[None]:
+    """Ray asks an address twenty times, 40 s each, where something answers that is no Ray; here twice."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:
+        yield  # somebody knows his cluster
+        return
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[name]  # a cluster that is started later in this process would not get the time it needs
 
 
 @contextmanager
