@@ -49,7 +49,8 @@ lock: | $(BIN)/python
 
 $(INSTALLED): requirements.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the versions of requirements.lock in .venv (the first time, some gigabytes)"
-	@$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
+	@# HQQ would compile kernels for CUDA that are not used here.
+	@DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pip check || { echo "requirements.lock does not fit pyproject.toml: make lock"; exit 1; }
 	@touch $@

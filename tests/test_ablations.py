@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
@@ -24,7 +23,6 @@ from mmqlora.regions import regions
 from mmqlora.training import _elements
 
 PLACES = [(name, task) for name, tasks in ablations.ABLATIONS.items() for task in tasks]
-HQQ = pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="hqq is not installed")
 
 
 def key(config):
@@ -122,8 +120,7 @@ def buildable():
     for name, task in PLACES:
         for level, config in ablations.levels(name, task).items():
             if "selector" not in config and "method" not in config and task != ablations.SPEECH:
-                marks = HQQ if config["weights"].startswith("hqq") else ()
-                once.setdefault(key(config), pytest.param(config, id=f"{name}: {' '.join(level)}, {task}", marks=marks))
+                once.setdefault(key(config), pytest.param(config, id=f"{name}: {' '.join(level)}, {task}"))
     return list(once.values())
 
 
@@ -141,7 +138,6 @@ def test_every_level_builds_a_model_that_learns(config, monkeypatch):
     assert error == pytest.approx(expected[config["weights"]], rel=0.35)
 
 
-@HQQ
 @pytest.mark.parametrize("part", ["all", *ablations.QUANTIZED])
 def test_hqq_takes_the_linears_that_nf4_takes(part):
     def taken(weights):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import platform
 import random
 import secrets
 import subprocess
@@ -19,7 +19,8 @@ from mmqlora import GridError
 from mmqlora.cluster import Cluster
 from mmqlora.grids import run_grid
 
-NEEDS_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+INTEL_MAC = sys.platform == "darwin" and platform.machine() == "x86_64"
+pytestmark = pytest.mark.skipif(INTEL_MAC, reason="Ray has no wheels for Macs with Intel's processors")
 
 HEAD = """
 import sys, ray
@@ -61,7 +62,6 @@ def workers(parent):
     return found
 
 
-@NEEDS_RAY
 @pytest.mark.timeout(600)
 def test_a_grid_with_workers_killed_at_random_ends_as_a_serial_one_and_runs_nothing_again(head, tmp_path):
     parent, address = head
@@ -93,7 +93,6 @@ def test_a_grid_with_workers_killed_at_random_ends_as_a_serial_one_and_runs_noth
     assert run_grid(CHEAP, runs, path, cluster="127.0.0.1:1", progress=False) == grid
 
 
-@NEEDS_RAY
 @pytest.mark.timeout(600)
 def test_runs_fail_on_a_cluster_as_they_do_here_and_the_rest_goes_on(head, tmp_path):
     runs = [({"how": how}, 1) for how in ("raise", "not", "exit", "hang", "other run")]
@@ -105,14 +104,12 @@ def test_runs_fail_on_a_cluster_as_they_do_here_and_the_rest_goes_on(head, tmp_p
     assert errors[0].endswith("ValueError: no such arm") and errors[2].endswith("The run took longer than 5 s.")
 
 
-@NEEDS_RAY
 def test_a_run_gets_the_threads_and_gpus_that_were_asked_for(head, tmp_path):
     options = {"cluster": head[1], "threads": 2, "processes": 1, "progress": False}
     (record,) = run_grid("grid_functions:devices", [({}, 1)], tmp_path / "demo.jsonl", gpus=1, **options).records
     assert record["threads"] == "2" and record["devices"] in ("0", "1")
 
 
-@NEEDS_RAY
 @pytest.mark.timeout(600)
 def test_an_interrupted_grid_ends_its_own_cluster_and_keeps_what_is_recorded(tmp_path, monkeypatch, capfd):
     path, runs, before, seen = tmp_path / "demo.jsonl", grid_of(8, sleep=0.5), set(psutil.pids()), set()
@@ -136,7 +133,6 @@ def test_an_interrupted_grid_ends_its_own_cluster_and_keeps_what_is_recorded(tmp
     assert len(raw(path)) == 8 and raw(path)[: len(first)] == first
 
 
-@NEEDS_RAY
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "ray://nowhere:port"])
 def test_a_cluster_that_is_not_there_is_named_soon(tmp_path, address):
     started = time.monotonic()

@@ -117,7 +117,7 @@ def test_conda_environment_takes_all_from_pyproject() -> None:
     python = Requirement(next(line for line in conda if line.startswith("python")))
     assert python.specifier == Requirement(f"python{PROJECT['requires-python']}").specifier
     (entry,) = pip["pip"]
-    found = re.fullmatch(r"--editable \.\[([\w,]+)\]", entry)
+    found = re.fullmatch(r"--editable \.\[([\w,-]+)\]", entry)
     assert found and set(found[1].split(",")) <= set(PROJECT["optional-dependencies"])
 
 
