@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
-from experiments import baselines, selection, temporal, tuning
+from experiments import baselines, ranks, ranks_speech, selection, temporal, tuning
 
 from mmqlora import benchmark
 from mmqlora.datasets.worlds import World
@@ -74,6 +74,22 @@ def test_each_arm_starts_at_the_base_and_shuffles_only_what_it_says(arm):
         wanted = ("motion", "novelty")
         again = [read(batch, wanted).signals for _ in range(2)]
         assert torch.equal(*again) == (arm != "gate, signals shuffled")
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ranks_speech.ARMS if arm != "AdaLoRA"])
+def test_arms_of_ranks_start_at_the_base_with_equal_parameters(arm):
+    task = benchmark.task("audio/timbre")
+    train = task.train(1)
+    model, shares = ranks.build({"arm": arm, "budget": 2}, task.load, ranks.first(train, task.collate), 1, steps=10)
+    batch = task.collate([train[i] for i in range(2)])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, task.load(quant_type="nf4")(**batch).loss)
+    linears = [module for name, module in model.named_modules() if name.endswith("base_layer")]
+    uniform = 2 * sum(linear.in_features + linear.out_features for linear in linears)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if arm.startswith("uniform"):
+        assert trained == uniform and len(linears) > 20
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_states_and_events_share_out_the_frames_of_a_clip():

@@ -225,7 +225,7 @@ def build(config: Config, seed: int) -> tuple[nn.Module, float]:
         return temporal.adapt(plain, arm, config["signals"], **settings, target_modules="all-linear"), error
     if "allocation" in config:
         found, _ = ranks.calibration(task, plain, task.train(seed), config["batches"])
-        given = ranks.ranks_of(task, found, config["allocation"], config["rank"], seed).as_kwargs()
+        given = ranks.ranks_of(task.load, found, config["allocation"], config["rank"], seed).as_kwargs()
         return methods.adapt(plain, "lora", rank=given.pop("r"), seed=seed, **given), error
     return adapted(plain, names, seed, **settings), error
 

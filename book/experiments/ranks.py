@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,18 @@ def calibration(
     task: benchmark.Task, model: nn.Module, train: Any, batches: int = BATCHES
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """Spectra of a base model on the first training items, and the batches they were found with."""
-    stop = batches * ITEMS
-    given = [task.collate([train[i] for i in range(n, n + ITEMS)]) for n in range(0, stop, ITEMS)]
+    given = first(train, task.collate, batches)
     return calibrate(model, given, directions=HIGHEST, variances=True), given
 
 
-def ranks_of(task: benchmark.Task, found: Calibration, allocation: str, budget: int, seed: int) -> Ranks:
-    """The ranks of an allocation, with as many parameters as uniform ranks of `budget`."""
+def first(train: Any, collate: Callable[[list[Any]], dict[str, Any]], batches: int = BATCHES) -> list[dict[str, Any]]:
+    """The batches of a calibration."""
+    stop = batches * ITEMS
+    return [collate([train[i] for i in range(n, n + ITEMS)]) for n in range(0, stop, ITEMS)]
+
+
+def ranks_of(load: Callable[[], nn.Module], found: Calibration, allocation: str, budget: int, seed: int) -> Ranks:
+    """The ranks of an allocation, with as many parameters as uniform ranks of `budget`; `load` gives 16 bits."""
     fixed, method, most = None, allocation, HIGHEST
     if allocation in REGIONS:
         regions = {row.region for row in found.rows}
@@ -87,20 +93,27 @@ def ranks_of(task: benchmark.Task, found: Calibration, allocation: str, budget: 
     options = {"fixed": fixed, "fill": True, "max_rank": most, "seed": seed}
     if allocation == "error":
         # Of the weights before they were rounded.
-        return allocate_ranks(task.load(), (), Budget(parameters=total), method=method, **options)
+        return allocate_ranks(load(), (), Budget(parameters=total), method=method, **options)
     return allocate_ranks(found, budget=Budget(parameters=total), method=method, **options)
 
 
-def build(config: dict[str, Any], task: benchmark.Task, train: Any, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The adapted model of an arm, and the share of its parameters in each region."""
+def build(
+    config: dict[str, Any],
+    load: Callable[..., nn.Module],
+    batches: list[dict[str, Any]],
+    seed: int,
+    steps: int,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The adapted model of an arm, and the share of its parameters in each region.
+
+    `load` gives the base model in 16 bits, and with ``quant_type="nf4"`` in four; `batches` are for calibration.
+    """
     allocation, start = ARMS[config["arm"]]
-    steps = config.get("steps", task.steps)
     if allocation == "adalora":
-        model = methods.adapt(task.load(), "adalora", quant_type="nf4", rank=config["budget"], seed=seed, steps=steps)
-        return model, {}
-    model = task.load("nf4")
-    found, batches = calibration(task, model, train)
-    ranks = ranks_of(task, found, allocation, config["budget"], seed)
+        return methods.adapt(load(), "adalora", quant_type="nf4", rank=config["budget"], seed=seed, steps=steps), {}
+    model = load(quant_type="nf4")
+    found = calibrate(model, batches, directions=HIGHEST, variances=True)
+    ranks = ranks_of(load, found, allocation, config["budget"], seed)
     shares = {f"share {region}": float(share) for region, share in ranks.by_region()["share"].items()}
     settings: dict[str, Any] = ranks.as_kwargs()
     method = start if start in ("eva", "pissa") else "lora"
@@ -109,7 +122,7 @@ def build(config: dict[str, Any], task: benchmark.Task, train: Any, seed: int) -
     elif start == "olora":
         settings["init_lora_weights"] = "olora"
     elif start == "pissa":
-        model = task.load()  # which it splits before it rounds
+        model = load()  # which it splits before it rounds
     quant_type = "nf4" if start == "pissa" else None
     adapted = methods.adapt(model, method, quant_type=quant_type, rank=settings.pop("r"), seed=seed, **settings)
     if start == "spectral":
@@ -121,7 +134,8 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run of the grid."""
     task = benchmark.task(config["task"])
     train = task.train(seed)
-    model, shares = build(config, task, train, seed)
+    steps = config.get("steps", task.steps)
+    model, shares = build(config, task.load, first(train, task.collate), seed, steps)
     judge = task.judge(config.get("validation", False))
     return fine_tune(
         model,
@@ -129,7 +143,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
         lambda trained: {**judge(trained), **shares},
         collate=task.collate,
         seed=seed,
-        steps=config.get("steps", task.steps),
+        steps=steps,
         batch_size=task.batch_size,
         learning_rate=config["learning_rate"],
         bf16=False,

@@ -28,7 +28,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     metrics: dict[str, float] = {"loss": found.loss}
     for method in METHODS:
         for budget in BUDGETS:
-            shares = ranks_of(task, found, method, budget, seed).by_region()["share"]
+            shares = ranks_of(task.load, found, method, budget, seed).by_region()["share"]
             metrics |= {f"{method} {budget} {region}": float(share) for region, share in shares.items()}
     gains = [float(spectrum.energies.sum() / 2) for spectrum in found.spectra.values()]
     measured = {"metrics": metrics, "items": {"gain": gains}}

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,16 @@ def at_hand() -> Path:
     return folder
 
 
-def learn(model: torch.nn.Module, processor: Any, config: dict[str, Any], seed: int, experiment: str) -> dict[str, Any]:
-    """Fine-tune an adapted Whisper on dialogue and judge it: the record."""
+def learn(
+    model: torch.nn.Module,
+    processor: Any,
+    config: dict[str, Any],
+    seed: int,
+    experiment: str,
+    known: Mapping[str, float] = MappingProxyType({}),
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Fine-tune an adapted Whisper on dialogue and judge it: the record, with metrics that are known before."""
     train, sets = speech.data_sets(at_hand(), tuning=config.get("validation", False))
     name = "voices" if config.get("validation") else "synthetic"
     sets = {name: sets[name]}
@@ -68,7 +77,8 @@ def learn(model: torch.nn.Module, processor: Any, config: dict[str, Any], seed: 
         found = judge(trained)
         edits, words = np.array([item[3:] for item in found.pop("items")], float).T
         right = np.maximum(0, 1 - edits / words)
-        return {**found, "word_accuracy": float(right.mean()), "items": {"word_accuracy": right.round(4).tolist()}}
+        items = {"word_accuracy": right.round(4).tolist()}
+        return {**found, **known, "word_accuracy": float(right.mean()), "items": items}
 
     examples = prepare(train, processor, WINDOW, progress=False)
     with short_window(model, WINDOW):
@@ -82,6 +92,7 @@ def learn(model: torch.nn.Module, processor: Any, config: dict[str, Any], seed: 
             batch_size=speech.BATCH,
             learning_rate=config["learning_rate"],
             bf16=False,
+            callbacks=callbacks,
             progress=False,
             experiment=experiment,
             config=config,
