@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
-from experiments import baselines, ranks, ranks_speech, selection, temporal, tuning
+from experiments import baselines, ranks, selection, temporal, tuning
 
 from mmqlora import benchmark
 from mmqlora.datasets.worlds import World
@@ -76,8 +76,9 @@ def test_each_arm_starts_at_the_base_and_shuffles_only_what_it_says(arm):
         assert torch.equal(*again) == (arm != "gate, signals shuffled")
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ranks_speech.ARMS if arm != "AdaLoRA"])
-def test_arms_of_ranks_start_at_the_base_with_equal_parameters(arm):
+@pytest.mark.parametrize("arm", ["uniform", "gradient, spectral start", "whitened", "EVA"])
+def test_arms_of_ranks_start_at_the_base_with_equal_parameters(arm, monkeypatch):
+    monkeypatch.setattr(benchmark.Task, "items", ranks.BATCHES * ranks.ITEMS, raising=False)
     task = benchmark.task("audio/timbre")
     train = task.train(1)
     model, shares = ranks.build({"arm": arm, "budget": 2}, task.load, ranks.first(train, task.collate), 1, steps=10)

@@ -33,6 +33,14 @@ from mmqlora.errors import RecordError
 MARGIN = 0.02  # of the primary score, as in *Baselines*: within it two levels count as equal
 COLORS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#de8f05", "#949494", "#ca9161")
 Level = tuple[str, ...]
+# What a lesson is about, the ablation, a level, and what it is compared with (None: the center).
+LESSONS: tuple[tuple[str, str, Level, Level | None], ...] = (
+    ("Four bits against sixteen", "bits", ("nf4",), ("16",)),
+    ("Rank 32 against rank 8, each at its learning rate", "rank", ("32",), None),
+    ("The text decoder alone against all regions", "placement", ("text",), None),
+    ("One frame in sixteen against one in four", "selection budget", ("segments", "1/16"), None),
+    ("LoRA's learning rate half a decade too low", "learning rate", ("lora", "lower"), None),
+)
 
 
 class Results:
@@ -59,6 +67,30 @@ class Results:
     def tasks(self, ablation: str) -> list[str]:
         """The tasks of an ablation of which the center and another level have records."""
         return [task for task in ABLATIONS[ablation] if {center(ablation, task)} < set(self.of(ablation, task))]
+
+    def measured(self, ablation: str) -> list[str]:
+        """The tasks of an ablation of which every level has all seeds."""
+        return [
+            task
+            for task in ABLATIONS[ablation]
+            if [len(own) for own in self.of(ablation, task).values()] == [len(SEEDS)] * len(levels(ablation, task))
+        ]
+
+    def state(self) -> pd.DataFrame:
+        """One row an ablation and task: its levels, and how many of its runs have a record."""
+        rows = [
+            {
+                "ablation": ablation,
+                "task": task,
+                "levels": len(levels(ablation, task)),
+                "compared with": _name(center(ablation, task)),
+                "runs": len(SEEDS) * len(levels(ablation, task)),
+                "recorded": sum(map(len, self.of(ablation, task).values())),
+            }
+            for ablation in ABLATIONS
+            for task in ABLATIONS[ablation]
+        ]
+        return pd.DataFrame(rows).set_index(["ablation", "task"])
 
     def scores(self, ablation: str, task: str) -> dict[Level, np.ndarray]:
         """Primary score of every seed, by level."""
@@ -93,6 +125,56 @@ class Results:
         table = self.against(ablation, task, baseline).table.set_index("arm")
         row = 100 * table.loc[_name(level), ["difference", "low", "high"]].astype(float)
         return f"{row.difference:+.1f} points ({row.low:+.1f} to {row.high:+.1f})"
+
+    def takeaway(self, ablation: str) -> str:
+        """What is to be taken away from an ablation, of the tasks that are measured to the end."""
+        said = []
+        for task in self.measured(ablation):
+            table = self.against(ablation, task).table.set_index("arm")
+            standard = _name(center(ablation, task))
+            means = {**table["mean"], standard: table["baseline_mean"].iloc[0]}
+            best, worst = max(means, key=means.get), min(means, key=means.get)
+            clear = [arm for arm in table.index if table.loc[arm, "verdict"].startswith(("better", "worse"))]
+            words = f"on *{task}*, {best} is best"
+            if best != standard:
+                words += f" with {self.effect(ablation, task, tuple(best.split(', ')))} over {standard}"
+            if worst != standard:
+                words += f", {worst} worst with {self.effect(ablation, task, tuple(worst.split(', ')))}"
+            equal = int(table["verdict"].str.contains("equivalent").sum())
+            words += (
+                f"; of {len(table)} levels beside {standard}, {len(clear)} differ from it and {equal} are shown to be "
+                f"equal within {100 * MARGIN:g} points"
+            )
+            said.append(words)
+        rest = [task for task in ABLATIONS[ablation] if task not in self.measured(ablation)]
+        if rest:
+            said.append("not measured to the end yet: " + ", ".join(f"*{task}*" for task in rest))
+        return "**To take away.** " + " ".join(words[0].upper() + words[1:] + "." for words in said)
+
+    def crossed(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> str:
+        """The interaction of two pairs of levels, in words."""
+        if task not in self.measured(ablation):
+            return f"**To take away.** Not measured to the end yet: *{task}*."
+        found = self.interaction(ablation, task, rows, columns)
+        row = 100 * found[["difference", "low", "high"]]
+        apart = "so they have to be set together" if row.low > 0 or row.high < 0 else "so nothing says they interact"
+        return (
+            f"**To take away.** From {columns[0]} to {columns[1]}, {rows[1]} gains {row.difference:+.1f} points "
+            f"({row.low:+.1f} to {row.high:+.1f}) more than {rows[0]}, {apart}."
+        )
+
+    def lessons(self) -> list[str]:
+        """The five lessons, each with its intervals, of what is measured to the end; shorter while that is little."""
+        said = []
+        for words, ablation, level, baseline in LESSONS:
+            effects = [
+                f"{self.effect(ablation, task, level, baseline)} on *{task}*"
+                for task in self.measured(ablation)
+                if {level, baseline or center(ablation, task)} <= set(self.of(ablation, task))
+            ]
+            if effects:
+                said.append(f"**{words}:** {', '.join(effects)}.")
+        return said or ["Nothing is measured to the end."]
 
     def interaction(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> pd.Series:
         """How much more the second row gains from the second column than the first row does, with a 95% interval.
@@ -148,6 +230,8 @@ class Results:
     def plot_effects(self, ablation: str) -> Figure:
         """Differences from the center, a panel a task: intervals, and every seed as a dot."""
         found = {task: self.against(ablation, task) for task in self.tasks(ablation)}
+        if not found:
+            return _nothing()
         heights = [len(own.table) for own in found.values()]
         size = (7.2, 1.0 * len(found) + 0.4 * sum(heights))
         figure, panels = plt.subplots(len(found), 1, figsize=size, height_ratios=heights, squeeze=False)
@@ -160,6 +244,8 @@ class Results:
     def plot_levels(self, ablation: str) -> Figure:
         """Scores themselves, a panel a task: every seed as a dot, means of seeds with 95% intervals as bars."""
         tasks = self.tasks(ablation)
+        if not tasks:
+            return _nothing()
         figure, panels = plt.subplots(1, len(tasks), figsize=(max(3.6, 2.6 * len(tasks)), 3.6), squeeze=False)
         for axes, task in zip(panels[0], tasks, strict=True):
             scores = self.scores(ablation, task)
@@ -172,12 +258,16 @@ class Results:
     def plot_heat(self, ablation: str, task: str) -> Figure:
         """Means over seeds in two factors: a row a level of the first, a column a level of the second."""
         scores = {level: own.mean() for level, own in self.scores(ablation, task).items()}
+        if not scores:
+            return _nothing()
         rows, columns = _factors(ablation, scores)
         return _heat([[scores.get((r, c), np.nan) for c in columns] for r in rows], rows, columns, primary(task))
 
     def plot_tuning(self, ablation: str, task: str) -> Figure:
         """The interaction of level and learning rate, on the one seed of tuning."""
         table = self.tuning(ablation, task)
+        if table.empty:
+            return _nothing()
         rates = [f"{one:g}" for one in table.columns]
         figure = _heat(table.to_numpy(), list(table.index), rates, primary(task))
         figure.axes[0].set_xlabel("learning rate")
@@ -186,6 +276,8 @@ class Results:
     def plot_interaction(self, ablation: str, task: str) -> Figure:
         """Score over the second factor, a line a level of the first; every seed as a dot, means with 95% intervals."""
         scores = self.scores(ablation, task)
+        if not scores:
+            return _nothing()
         rows, columns = _factors(ablation, scores)
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
         for number, row in enumerate(rows):
@@ -196,6 +288,14 @@ class Results:
         axes.set_ylabel(primary(task).replace("_", " "))
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
         return figure
+
+
+def _nothing() -> Figure:
+    """What stands in the place of a figure until there are records."""
+    figure, axes = plt.subplots(figsize=(7.2, 0.8))
+    axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
+    return figure
 
 
 def _found(config: Config, seed: int) -> dict[str, Any] | None:

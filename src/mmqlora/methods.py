@@ -20,6 +20,7 @@ A frozen weight W is adapted to::
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -478,10 +479,15 @@ def _quantized_rest(adapted: peft.PeftModel, quant_type: str) -> peft.PeftModel:
 
 def _initialize_eva(adapted: peft.PeftModel, batches: list[Mapping[str, Any]]) -> None:
     config, device = adapted.active_peft_config, next(adapted.parameters()).device
+    # PEFT looks ranks up by the names that its wrapper gives, which a pattern for the start of a name doesn't match.
+    for name in ("rank_pattern", "alpha_pattern"):
+        found = getattr(config, name).items()
+        setattr(config, name, {re.sub(r"^\^", r"base_model\\.model\\.", key): value for key, value in found})
     # PEFT moves tensors, and warns of flags such as return_loss.
     tensors = [{k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in batches]
     flags = {k: v for k, v in batches[0].items() if not isinstance(v, torch.Tensor)}
-    _check_rows(adapted, tensors[0] | flags, needed=round(config.r * config.eva_config.rho))
+    highest = max([config.r, *config.rank_pattern.values()])
+    _check_rows(adapted, tensors[0] | flags, needed=round(highest * config.eva_config.rho))
     peft.initialize_lora_eva_weights(
         adapted,
         tensors,
