@@ -198,7 +198,7 @@ def test_effects_are_those_that_were_put_in(results):
     assert found["seeds"] == 6 and found["low"] < found["difference"] < found["high"]
     assert found["difference"] == pytest.approx(0.03, abs=0.03)
     said = results.takeaway("placement")
-    assert "text worst with -" in said and "not measured" not in said and said.count(" is best") == 3
+    assert "text worst with -" in said and "Not measured" not in said and said.count(" is best") == 3
     rows = results.summary()
     assert len(rows) == len(PLACES) and (rows["range"] >= 0).all()
 
@@ -226,7 +226,7 @@ def test_results_leave_out_what_is_not_recorded_yet():
     assert ("32",) not in half.of("rank", ablations.CROSSED)
     assert set(half.table("rank", ablations.CROSSED)["seeds"]) == {3}
     assert ablations_results.Results(lambda config, seed: None).tasks("rank") == []
-    assert half.measured("rank") == [] and "not measured to the end" in half.takeaway("rank")
+    assert half.measured("rank") == [] and "Not measured to the end" in half.takeaway("rank")
     empty = ablations_results.Results(lambda config, seed: None)
     task = ablations.CROSSED
     figures = [empty.plot_effects("rank"), empty.plot_levels("rank"), empty.plot_heat("bits and rank", task)]

@@ -388,12 +388,18 @@ def tried(config: Config) -> dict[float, float]:
 def rate(config: Config) -> float | None:
     """The learning rate of a configuration; None while it is not tuned."""
     if "selector" in config:
-        return selection.rates().get(config["selector"])
+        return _chosen("selection").get(config["selector"])
     if "method" in config:
-        return tuning.rate_at(config["step"], best_rate(config["task"], config["method"]))
+        return tuning.rate_at(config["step"], _chosen(config["task"], config["method"]))
     own = tuned_as(config)
     scores = tried(own)
     return None if tuning.wanted(scores, middle(own)) else max(scores, key=scores.get)
+
+
+@functools.cache
+def _chosen(*of: str) -> Any:
+    """Learning rates of other experiments, whose records are long to read."""
+    return selection.rates() if of == ("selection",) else best_rate(*of)
 
 
 # --- The grid

@@ -65,8 +65,13 @@ class Results:
         return self._kept[ablation, task]
 
     def tasks(self, ablation: str) -> list[str]:
-        """The tasks of an ablation of which the center and another level have records."""
-        return [task for task in ABLATIONS[ablation] if {center(ablation, task)} < set(self.of(ablation, task))]
+        """The tasks of an ablation of which every level has two seeds at least; figures leave out the others."""
+        return [
+            task
+            for task in ABLATIONS[ablation]
+            if self.of(ablation, task).keys() == levels(ablation, task).keys()
+            and min(map(len, self.of(ablation, task).values())) > 1
+        ]
 
     def measured(self, ablation: str) -> list[str]:
         """The tasks of an ablation of which every level has all seeds."""
@@ -257,16 +262,16 @@ class Results:
 
     def plot_heat(self, ablation: str, task: str) -> Figure:
         """Means over seeds in two factors: a row a level of the first, a column a level of the second."""
-        scores = {level: own.mean() for level, own in self.scores(ablation, task).items()}
-        if not scores:
+        if task not in self.tasks(ablation):
             return _nothing()
+        scores = {level: own.mean() for level, own in self.scores(ablation, task).items()}
         rows, columns = _factors(ablation, scores)
         return _heat([[scores.get((r, c), np.nan) for c in columns] for r in rows], rows, columns, primary(task))
 
     def plot_tuning(self, ablation: str, task: str) -> Figure:
         """The interaction of level and learning rate, on the one seed of tuning."""
         table = self.tuning(ablation, task)
-        if table.empty:
+        if len(table) < 2:
             return _nothing()
         rates = [f"{one:g}" for one in table.columns]
         figure = _heat(table.to_numpy(), list(table.index), rates, primary(task))
@@ -275,9 +280,9 @@ class Results:
 
     def plot_interaction(self, ablation: str, task: str) -> Figure:
         """Score over the second factor, a line a level of the first; every seed as a dot, means with 95% intervals."""
-        scores = self.scores(ablation, task)
-        if not scores:
+        if task not in self.tasks(ablation):
             return _nothing()
+        scores = self.scores(ablation, task)
         rows, columns = _factors(ablation, scores)
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
         for number, row in enumerate(rows):
