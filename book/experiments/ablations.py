@@ -65,7 +65,7 @@ LONG = "video/palette, 48 to 64 frames"
 GATED = "retrieval/flashes"  # where gates help most
 WEIGHTS = ("16", "int8", "nf4", "fp4", "hqq 4", "hqq 3", "hqq 2")
 FEW, CONTROL = "hqq 2", "hqq 4"
-RANKS = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 2, 8, 32)
 ALPHAS = (4, 16, 64)
 PLACEMENTS = ("all", "attention", "mlp", "tower", "fusion", "text")  # tower: vision or audio
 CROSSED_PLACEMENTS = ("all", "tower", "fusion", "text")
@@ -320,7 +320,7 @@ def twin(config: Config) -> tuple[str, Config] | None:
     if rest["rank"] in ranks.BUDGETS:
         gradient = {"allocation": "gradient", "batches": ranks.BATCHES}
         for arm, more in (("uniform", {}), ("gradient", gradient)):
-            if rest == cell(task, rank=rest["rank"], **more):
+            if rest == cell(task, rank=rest["rank"], **more) and (task, arm, rest["rank"]) in ranks.cells():
                 return f"ranks{kind}", {"task": task, "arm": arm, "budget": rest["rank"], **own}
     return None
 

@@ -1,11 +1,13 @@
 """The experiment of the chapter *Ranks*: where the rank goes, crossed with where A starts, at three budgets.
 
+    cd book && python -m experiments.ranks --list    # how many runs there are, and how many have a record
     cd book && python -m experiments.ranks --tune    # learning rates: first, as the rest reads them
     cd book && python -m experiments.ranks           # everything that is not in records/ yet
 
 All arms adapt the 4-bit base of a task with LoRA and train the same number of parameters: as many as uniform ranks of
-`BUDGETS` have. Each arm has its learning rate chosen by the same rule for each model and budget, on the model's first
-task, and keeps it on the others.
+`BUDGETS` have. Every arm runs at every budget on the first of `TASKS`; the main arms, those of `MAIN`, run at the
+smallest budget on all tasks. Each arm has its learning rate chosen by the same rule for each model and budget, on the
+model's first task, and keeps it on the others.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from mmqlora import benchmark, methods
 from mmqlora.calibration import Calibration, calibrate
 from mmqlora.grids import run_grid
 from mmqlora.ranks import Budget, Ranks, allocate_ranks
+from mmqlora.records import read_records
 from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -66,6 +69,16 @@ ARMS: dict[str, tuple[str, str]] = {
     "fusion alone": ("fusion", "random"),
     "text alone": ("text", "random"),
 }
+MAIN = (
+    "uniform",
+    "uniform, spectral start",
+    "gradient",
+    "gradient, spectral start",
+    "whitened",
+    "whitened, spectral start",
+    "EVA",
+    "AdaLoRA",
+)
 REGIONS = ("vision", "audio", "fusion", "text")
 
 
@@ -170,32 +183,39 @@ def rates() -> dict[tuple[str, str, int], float]:
     return found
 
 
+def cells() -> list[tuple[str, str, int]]:
+    """Task, arm and budget of every cell of the grid: those of the smallest budget come first."""
+    tasks = [task for own in TASKS.values() for task in own]
+    main = [(task, arm, BUDGETS[0]) for task in tasks for arm in MAIN]
+    every = [(tasks[0], arm, budget) for budget in BUDGETS for arm in arms_of(tasks[0].split("/")[0])]
+    return list(dict.fromkeys(main + every))
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--list", action="store_true", help="say what there is to run, and run nothing")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates")
     parser.add_argument("--task", action="append", help="only this task; may be given again")
     parser.add_argument("--arm", action="append", help="only this arm; may be given again")
     parser.add_argument("--budget", action="append", type=int, help="only this budget; may be given again")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    tasks = arguments.task or [task for own in TASKS.values() for task in own]
-    arms, budgets = arguments.arm or list(ARMS), arguments.budget or BUDGETS
+    wanted = (arguments.task, arguments.arm, arguments.budget)
+    chosen = [cell for cell in cells() if all(not only or own in only for own, only in zip(cell, wanted, strict=True))]
     options = {"processes": arguments.processes, "timeout": 1800}
-    cells = [
-        (task, arm, budget)
-        for budget in budgets
-        for task in tasks
-        for arm in arms
-        if arm in arms_of(task.split("/")[0])
-    ]
+    if arguments.list:
+        records = read_records(RECORDS / "ranks.jsonl") if (RECORDS / "ranks.jsonl").exists() else []
+        done = [r for r in records if tuple(r["config"][name] for name in ("task", "arm", "budget")) in chosen]
+        print(f"{len(chosen)} cells with {len(SEEDS)} seeds: {len(done)} of {len(chosen) * len(SEEDS)} runs are done")
+        return
     if arguments.tune:
-        first = [cell for cell in cells if cell[0] == TASKS[cell[0].split("/")[0]][0]]
-        configs = [({"task": t, "arm": a, "budget": b, "validation": True}, MIDDLE) for t, a, b in first]
+        swept = [cell for cell in chosen if cell[0] == TASKS[cell[0].split("/")[0]][0]]
+        configs = [({"task": t, "arm": a, "budget": b, "validation": True}, MIDDLE) for t, a, b in swept]
         tuning.tune("experiments.ranks:run", configs, RECORDS / "ranks_tuning.jsonl", score, **options)
         return
     rate = rates()
-    known = [cell for cell in cells if (cell[0].split("/")[0], *cell[1:]) in rate]
+    known = [cell for cell in chosen if (cell[0].split("/")[0], *cell[1:]) in rate]
     runs = [
         ({"task": t, "arm": a, "budget": b, "learning_rate": rate[t.split("/")[0], a, b]}, seed)
         for seed in SEEDS

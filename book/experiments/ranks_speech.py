@@ -22,22 +22,12 @@ from transformers import set_seed
 
 from experiments import first_qlora_run as speech
 from experiments import temporal_speech, tuning
-from experiments.ranks import BATCHES, BUDGETS, ITEMS, SEEDS, build, first
+from experiments.ranks import BATCHES, BUDGETS, ITEMS, MAIN, SEEDS, build, first
 from mmqlora import methods, quantization
 from mmqlora.grids import run_grid
 from mmqlora.whisper import collate, prepare, short_window
 
 RECORDS = Path(__file__).parent.parent / "records"
-ARMS = (
-    "uniform",
-    "uniform, spectral start",
-    "gradient",
-    "gradient, spectral start",
-    "whitened",
-    "whitened, spectral start",
-    "EVA",
-    "AdaLoRA",
-)
 MIDDLE = 1e-3  # of the first three learning rates
 
 
@@ -72,10 +62,10 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="choose learning rates")
-    parser.add_argument("--arm", action="append", choices=ARMS, help="only this arm; may be given again")
+    parser.add_argument("--arm", action="append", choices=MAIN, help="only this arm; may be given again")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    arms, options = arguments.arm or ARMS, {"processes": arguments.processes, "timeout": 3600}
+    arms, options = arguments.arm or MAIN, {"processes": arguments.processes, "timeout": 3600}
     function, cell = "experiments.ranks_speech:run", {"budget": BUDGETS[0]}
     if arguments.tune:
         cells = [({"arm": arm, **cell, "validation": True}, MIDDLE) for arm in arms]
