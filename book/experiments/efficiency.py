@@ -124,15 +124,16 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> No
     optimizer.zero_grad()
 
 
-def batches_of(name: str, device: str, count: int = 4) -> list[Batch]:
-    """Batches of a task of the benchmark; of Whisper noise, as its numbers change no time."""
+def batches_of(name: str, size: int, device: str, count: int = 4) -> list[Batch]:
+    """Batches of a task of the benchmark; for Whisper noise, as its numbers change no time."""
     if name == WHISPER:
         generator = torch.Generator().manual_seed(0)
-        features = torch.randn(1, 80, 100 * SECONDS, generator=generator)
-        batches = [{"input_features": features, "labels": torch.randint(10, 50_000, (1, WORDS), generator=generator)}]
+        features = torch.randn(size, 80, 100 * SECONDS, generator=generator)
+        labels = torch.randint(10, 50_000, (size, WORDS), generator=generator)
+        batches = [{"input_features": features, "labels": labels}]
     else:
         task = benchmark.task(name)
-        train, size = task.train(seed=0), task.batch_size
+        train = task.train(seed=0)
         batches = [task.collate([train[i] for i in range(n, n + size)]) for n in range(0, count * size, size)]
     return [{key: value.to(device) if torch.is_tensor(value) else value for key, value in b.items()} for b in batches]
 
@@ -178,9 +179,8 @@ def arms_of(name: str) -> Sequence[Arm]:
     return WHISPER_ARMS if name == WHISPER else baselines.arms(name)
 
 
-def settings_of(name: str, arm: Arm, optimizer: str, device: str) -> dict[str, Any]:
+def settings_of(name: str, arm: Arm, size: int, optimizer: str, device: str) -> dict[str, Any]:
     """What identifies a measurement of an arm."""
-    size = 1 if name == WHISPER else benchmark.task(name).batch_size
     run = {"model": name, "method": arm[0], "bits": arm[1], "batch_size": size}
     return {**run, "optimizer": optimizer, "device": device}
 
@@ -188,7 +188,7 @@ def settings_of(name: str, arm: Arm, optimizer: str, device: str) -> dict[str, A
 def hold(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """The record of what an arm holds and stores. On a GPU it counts what PyTorch has allocated."""
     name, device = config["model"], config["device"]
-    batches = batches_of(name, device)
+    batches = batches_of(name, config["batch_size"], device)
     model = build(name, config["method"], config["bits"], batches, device)
     metrics = {"stored_bytes": stored(model)}
     metrics["peak_bytes"] = peak(model, optimizer_of(model, config["optimizer"]), batches[0])
@@ -196,10 +196,12 @@ def hold(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return make_record("efficiency", config, seed, data="", measured=measured)
 
 
-def measure_steps(names: Sequence[str], arms: Mapping[str, Sequence[Arm]], rounds: int, device: str) -> Iterator[dict]:
+def measure_steps(
+    sizes: Mapping[str, int], arms: Mapping[str, Sequence[Arm]], rounds: int, device: str
+) -> Iterator[dict]:
     """A record for each arm of each model: seconds of a step, against those of PEFT's LoRA in 16 bits."""
-    for name in names:
-        batches = batches_of(name, device)
+    for name, size in sizes.items():
+        batches = batches_of(name, size, device)
         optimizers = OPTIMIZERS if device == "cuda" else ("adamw_torch",)
         running = {}
         for arm in arms[name]:
@@ -209,10 +211,10 @@ def measure_steps(names: Sequence[str], arms: Mapping[str, Sequence[Arm]], round
         seconds = interleaved(running, rounds, device, name)
         lora = torch.tensor(seconds[("lora", 16), "adamw_torch"])
         for (arm, optimizer), taken in seconds.items():
-            config = settings_of(name, arm, optimizer, device)
+            config = settings_of(name, arm, size, optimizer, device)
             ratios = torch.tensor(taken) / lora
             middle = float(torch.tensor(taken).median())
-            metrics = {"ratio": float(ratios.median()), "seconds": middle, "samples": config["batch_size"] / middle}
+            metrics = {"ratio": float(ratios.median()), "seconds": middle, "samples": size / middle}
             items = {"ratio": [round(float(r), 4) for r in ratios]}
             yield make_record("efficiency", config, 0, data="", measured={"metrics": metrics, "items": items})
 
@@ -455,11 +457,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts, device, rounds, quick = options.part or PARTS, options.device, options.rounds, options.quick
     rounds, names = (2, MAIN[:1]) if quick else (rounds, (*MAIN, *filter(at_hand, (WHISPER,))))
     arms = {name: (CURVES if quick else arms_of(name)) for name in names}
+    sizes = {name: 2 if quick else 1 if name == WHISPER else benchmark.task(name).batch_size for name in names}
     path = {part: options.records / f"efficiency_{part}.jsonl" for part in (*PARTS, "curves")}
     torch.set_num_threads(1)
     if "hold" in parts:
         optimizers = OPTIMIZERS if device == "cuda" else ("adamw_torch",)
-        runs = [(settings_of(n, arm, o, device), 0) for n in names for arm in arms[n] for o in optimizers]
+        runs = [(settings_of(n, arm, sizes[n], o, device), 0) for n in names for arm in arms[n] for o in optimizers]
         if quick:  # a process of its own would take longer than all the rest
             replace(path["hold"], (hold(*run) for run in runs))
         else:
@@ -467,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _grid("hold", runs, path["hold"], processes=processes, fresh=device == "cuda")
     if "steps" in parts:
         # The embedded ones are in baselines_cost.
-        timed = names if device == "cuda" or quick else [name for name in names if name not in MAIN]
+        timed = {name: size for name, size in sizes.items() if device == "cuda" or quick or name not in MAIN}
         if timed:
             replace(path["steps"], measure_steps(timed, arms, rounds, device))
     if "roofline" in parts:
