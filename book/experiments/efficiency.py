@@ -42,7 +42,7 @@ from mmqlora import benchmark, methods
 from mmqlora.errors import QuantizationError
 from mmqlora.grids import run_grid
 from mmqlora.ledger import Ledger
-from mmqlora.quantization import load, quantize
+from mmqlora.quantization import close_cpu_traps, load
 from mmqlora.records import append_record, make_record, read_records
 from mmqlora.training import fine_tune
 
@@ -239,9 +239,9 @@ def measure_roofline(widths: Sequence[int], rows: Sequence[int], rounds: int, de
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0)
         trained = nn.Linear(width, width, bias=False).to(device, dtype)
-        layers = nn.Sequential(nn.Linear(width, width, bias=False)).to(device)
-        quantize(layers, "nf4", double_quant=False, compute_dtype=dtype)
-        layer, size = layers[0], PRODUCT[device]
+        settings = {"compute_dtype": dtype, "compress_statistics": False, "quant_type": "nf4"}
+        layer, size = bnb.nn.Linear4bit(width, width, bias=False, **settings).to(device), PRODUCT[device]
+        close_cpu_traps(layer)
         code, state = layer.weight.data, layer.weight.quant_state
         dense = bnb.functional.dequantize_4bit(code, state).to(dtype)
         source, target = torch.zeros(COPIED, device=device), torch.zeros(COPIED, device=device)
