@@ -40,18 +40,18 @@ times = st.floats(1e-6, 1e3)
 # What is computed from records
 
 
-@given(st.lists(times, min_size=1, max_size=30))
-def test_a_median_lies_in_its_interval_which_covers_as_often_as_it_says(values):
+@given(st.lists(times, min_size=1, max_size=30, unique=True))
+def test_a_median_lies_in_its_interval_which_is_the_shortest_that_covers(values):
     center, low, high = middle(values)
     assert low <= center <= high and center == pytest.approx(np.median(values))
     ordered, count = sorted(values), len(values)
+    outside = ordered.index(low)  # values below, and as many above
+    assert ordered[::-1].index(high) == outside
     if count >= 6:
-        k = 1 + max(i for i, value in enumerate(ordered[: count // 2]) if value <= low)
-        # The next value inward would not do.
-        assert 1 - 2 * stats.binom.cdf(k - 1, count, 0.5) < 0.95 or k == count // 2 or ordered[k - 1] == low
-        assert 1 - 2 * stats.binom.cdf(ordered.index(low), count, 0.5) >= 0.95 or ordered.count(low) > 1
+        assert 1 - 2 * stats.binom.cdf(outside, count, 0.5) >= 0.95
+        assert 1 - 2 * stats.binom.cdf(outside + 1, count, 0.5) < 0.95
     else:
-        assert (low, high) == (ordered[0], ordered[-1])
+        assert outside == 0
 
 
 def test_intervals_of_medians_cover():
@@ -72,8 +72,8 @@ def test_a_power_law_has_its_exponent_and_no_doubt_about_it(power, scale):
     x = np.array([1.0, 2.0, 5.0, 20.0])
     found, low, high = exponent(x, scale * x**power)
     assert found == pytest.approx(power, abs=1e-6) and high - low < 1e-5
-    bent = exponent(x, scale * (x**power + 0.2 * x.mean() * x ** (power - 1)))
-    assert bent[2] - bent[1] > 1e-3
+    bent = exponent(x, scale * (x**power + x ** (power - 1)))
+    assert bent[2] - bent[1] > 0.1
 
 
 def test_an_exponent_needs_three_points():
@@ -128,7 +128,10 @@ def test_the_crossover_is_where_the_formula_has_it_and_break_even_at_twice_that(
     assert found.crossover()[0] == pytest.approx(place, rel=1e-6)
     # Straight lines between logarithms bend what is a line plus a constant.
     assert found.break_even()[0] == pytest.approx(2 * place, rel=0.5)
-    assert found.least(np.array([10**9]))[0] == pytest.approx(2e9 * 64**2 / rate, rel=0.2)
+
+    # One second for the copy of 1e9 bytes, so at least as many nanoseconds as bytes are read and written.
+    moved = 4 * (64 * 64 + 2 * 5 * 64) * 1e-9
+    assert found.least(np.array([5]))[0] == pytest.approx(max(2 * 5 * 64**2 / rate, moved))
 
 
 # The experiment

@@ -324,7 +324,9 @@ def sized(frames: int, rank: int, width: int, arm: Arm, device: str) -> tuple[nn
     return model, {name: value.to(device) for name, value in batch.items()}
 
 
-def measure_scaling(axes: Mapping[str, Sequence[int]], rounds: int, device: str) -> Iterator[dict]:
+def measure_scaling(
+    axes: Mapping[str, Sequence[int]], start: Mapping[str, int], rounds: int, device: str
+) -> Iterator[dict]:
     """A record for each value on each axis and each arm: seconds of a step by round, and bytes at its peak."""
     for axis, values in axes.items():
         running, held = {}, {}
@@ -332,13 +334,13 @@ def measure_scaling(axes: Mapping[str, Sequence[int]], rounds: int, device: str)
             for arm in SCALED:
                 if (axis, arm[0]) == ("rank", "full"):
                     continue
-                sizes = {**START, axis: value}
+                sizes = {**start, axis: value}
                 # On a GPU all that is allocated is counted, so nothing else may be there.
                 alone, batch = sized(**sizes, arm=arm, device=device)
                 held[value, arm] = peak(alone, optimizer_of(alone, "adamw_torch"), batch)
                 del alone, batch
         for value, arm in held:
-            model, batch = sized(**{**START, axis: value}, arm=arm, device=device)
+            model, batch = sized(**{**start, axis: value}, arm=arm, device=device)
             running[value, arm] = functools.partial(_numbered, model, optimizer_of(model, "adamw_torch"), [batch])
         for (value, arm), taken in interleaved(running, rounds, device, axis).items():
             config = {"axis": axis, "value": value, "method": arm[0], "bits": arm[1], "device": device}
@@ -478,7 +480,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replace(path["roofline"], measure_roofline(widths, rows, rounds, device))
     if "scaling" in parts:
         axes = {"frames": (1, 2), "rank": (1, 2), "width": (64, 128)} if quick else AXES
-        replace(path["scaling"], measure_scaling(axes, rounds, device))
+        start = {"frames": 1, "rank": 2, "width": 64} if quick else START
+        replace(path["scaling"], measure_scaling(axes, start, rounds, device))
     if "curves" in parts:
         _grid("curve", curve_runs(), path["curves"], processes=options.processes)
 

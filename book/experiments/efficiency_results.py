@@ -440,11 +440,13 @@ def exponent(x: np.ndarray, y: np.ndarray, level: float = 0.95) -> Interval:
     """The power of x that y grows with, and the t interval of the fit: wide where it is no power at all.
 
     Example:
-        >>> exponent(np.array([1.0, 2.0, 4.0]), np.array([3.0, 12.0, 48.0]))[0].round(6)
+        >>> round(exponent(np.array([1.0, 2.0, 4.0]), np.array([3.0, 12.0, 48.0]))[0], 6)
         2.0
     """
     if len(x) < 3:
         raise RecordError(f"{len(x)} points; the interval of an exponent needs three at least.")
-    fit = stats.linregress(np.log(x), np.log(y))
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 2)) * fit.stderr
-    return fit.slope, fit.slope - half, fit.slope + half
+    x, y = np.log(x) - np.log(x).mean(), np.log(y) - np.log(y).mean()
+    power = float(x @ y / (x @ x))
+    error = np.sqrt(np.square(y - power * x).sum() / (len(x) - 2) / (x @ x))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 2) * error)
+    return power, power - half, power + half
