@@ -75,7 +75,8 @@ class Results:
     def paces(self, model: str) -> dict[tuple[str, int], list[float]]:
         """Steps to LoRA's loss, against LoRA's own: a number a seed, infinite where a run does not get there.
 
-        LoRA's loss is that of the same seed, at 16 bits, when it has seen every item once.
+        LoRA's loss is that of the same seed, at 16 bits, when it has seen half of the items once. A run has until it
+        has seen all of them.
         """
         losses: dict[tuple[str, int], dict[int, list[float]]] = {}
         for record in self.runs if model in MAIN else self.whisper:
@@ -90,7 +91,7 @@ class Results:
                 size = record["training"]["batch_size"] * record["training"]["accumulate"]
                 losses.setdefault(arm, {})[record["seed"]] = record["losses"][: ONCE // size]
         lora = losses.get(("lora", 16), {})
-        targets = {seed: float(np.mean(course[-WINDOW:])) for seed, course in lora.items()}
+        targets = {seed: float(np.mean(course[: len(course) // 2][-WINDOW:])) for seed, course in lora.items()}
         return {
             arm: [
                 reached(course, targets[seed]) / reached(lora[seed], targets[seed])
@@ -238,7 +239,7 @@ class Results:
         if what == "bytes":
             found = np.array([record["metrics"]["peak_bytes"] for record in own], float)
             return values, found, np.stack([found, found])
-        intervals = np.array([middle(record["items"]["seconds"]) for record in own])
+        intervals = np.array([middle(record["items"]["seconds"]) for record in own]).reshape(-1, 3)
         return values, intervals[:, 0], intervals[:, 1:].T
 
     def exponents(self) -> pd.DataFrame:
