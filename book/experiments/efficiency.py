@@ -18,6 +18,7 @@ in a folder that MMQLORA_MODELS lists; without them it is left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import random
@@ -152,18 +153,22 @@ def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 
 def peak(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> int:
-    """Bytes of tensors at the peak of the second step, with weights and optimizer states."""
-    if next(model.parameters()).device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
+    """Bytes of tensors at the peak of a step, with weights and with the optimizer's states, as in all but the first."""
+    cuda = next(model.parameters()).device.type == "cuda"
+    with contextlib.nullcontext() if cuda else Ledger(model, regions={}) as ledger:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the states
+        optimizer.zero_grad()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
             step(model, optimizer, batch)
-        return torch.cuda.max_memory_allocated()
-    with Ledger(model, regions={}) as ledger:
+            return torch.cuda.max_memory_allocated()
         for value in batch.values():
             if torch.is_tensor(value):
                 ledger.count(value, "inputs", "shared")
-        for _ in range(2):
-            step(model, optimizer, batch)
+        step(model, optimizer, batch)
     return ledger.peak
 
 
@@ -188,7 +193,7 @@ def settings_of(name: str, arm: Arm, size: int, optimizer: str, device: str) -> 
 def hold(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """The record of what an arm holds and stores. On a GPU it counts what PyTorch has allocated."""
     name, device = config["model"], config["device"]
-    batches = batches_of(name, config["batch_size"], device)
+    batches = batches_of(name, config["batch_size"], device, count=4 if config["method"] == "eva" else 1)
     model = build(name, config["method"], config["bits"], batches, device)
     metrics = {"stored_bytes": stored(model)}
     metrics["peak_bytes"] = peak(model, optimizer_of(model, config["optimizer"]), batches[0])
