@@ -99,10 +99,10 @@ def now(device: str) -> float:
 def interleaved(
     arms: Mapping[Key, Callable[[int], Any]], rounds: int, device: str, what: str
 ) -> dict[Key, list[float]]:
-    """Seconds of each arm in each round, which does all arms in an order by chance; two rounds more warm up."""
+    """Seconds of each arm in each round, which does all arms in an order by chance; one round more warms up."""
     seconds: dict[Key, list[float]] = {arm: [] for arm in arms}
     order = list(arms)
-    for number in tqdm(range(-2, rounds), desc=what):
+    for number in tqdm(range(-1, rounds), desc=what):
         random.Random(number).shuffle(order)
         for arm in order:
             start = now(device)
@@ -453,6 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for, and put the records in place of the old ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=(*PARTS, "curves"), help="only this; may be given again")
+    parser.add_argument("--method", action="append", help="hold and steps: only this; may be given again")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--processes", type=int, default=2, help="of hold and curves, which are no matter of time")
@@ -464,6 +465,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts, device, rounds, quick = options.part or PARTS, options.device, options.rounds, options.quick
     rounds, names = (2, MAIN[:1]) if quick else (rounds, (*MAIN, *filter(at_hand, (WHISPER,))))
     arms = {name: (CURVES if quick else arms_of(name)) for name in names}
+    if options.method:
+        arms = {name: [arm for arm in some if arm[0] in options.method] for name, some in arms.items()}
     sizes = {name: 2 if quick else 1 if name == WHISPER else benchmark.task(name).batch_size for name in names}
     path = {part: options.records / f"efficiency_{part}.jsonl" for part in (*PARTS, "curves")}
     torch.set_num_threads(1)
