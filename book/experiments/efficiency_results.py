@@ -191,8 +191,8 @@ class Results:
 
     # Scores in the course of training
 
-    def to_score(self, share: float = 0.8) -> pd.DataFrame:
-        """CPU seconds to a share of what full fine-tuning gains, by task and arm: the mean over seeds, as text."""
+    def to_score(self, share: float) -> pd.DataFrame:
+        """CPU seconds to a share of what full fine-tuning gains, by task and arm: a number a seed, as text."""
         rows = []
         for task in MAIN:
             score = PRIMARY[task.split("/")[0]]
@@ -205,7 +205,8 @@ class Results:
                     points = [(point["cpu_s"], point[score]) for point in record["course"]]
                     taken.append(first_time(points, start + share * (end - start)))
                 if taken:
-                    rows.append({"task": task, "method": name, "seconds": ", ".join(f"{s:.0f}" for s in taken)})
+                    seconds = ("never" if np.isinf(s) else f"{s:.0f}" for s in taken)
+                    rows.append({"task": task, "method": name, "seconds": ", ".join(seconds)})
         return pd.DataFrame(rows, columns=["task", "method", "seconds"])
 
     # The roofline
