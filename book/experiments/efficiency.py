@@ -334,24 +334,24 @@ def measure_scaling(
 ) -> Iterator[dict]:
     """A record for each value on each axis and each arm: seconds of a step by round, and bytes at its peak."""
     for axis, values in axes.items():
-        running, held = {}, {}
-        for value in values:
-            for arm in SCALED:
-                if (axis, arm[0]) == ("rank", "full"):
-                    continue
-                sizes = {**start, axis: value}
-                # On a GPU all that is allocated is counted, so nothing else may be there.
-                alone, batch = sized(**sizes, arm=arm, device=device)
-                held[value, arm] = peak(alone, optimizer_of(alone, "adamw_torch"), batch)
-                del alone, batch
-        for value, arm in held:
-            model, batch = sized(**{**start, axis: value}, arm=arm, device=device)
-            running[value, arm] = functools.partial(_numbered, model, optimizer_of(model, "adamw_torch"), [batch])
+        points = [(value, arm) for value in values for arm in SCALED if (axis, arm[0]) != ("rank", "full")]
+        # On a GPU all that is allocated is counted: first one after another, then all at once.
+        running: dict[tuple[int, Arm], Callable[[int], None]] = {}
+        held = {(value, arm): peak(*_ready({**start, axis: value}, arm, device)) for value, arm in points}
+        for value, arm in points:
+            model, optimizer, batch = _ready({**start, axis: value}, arm, device)
+            running[value, arm] = functools.partial(_numbered, model, optimizer, [batch])
+            del model, optimizer, batch
         for (value, arm), taken in interleaved(running, rounds, device, axis).items():
             config = {"axis": axis, "value": value, "method": arm[0], "bits": arm[1], "device": device}
             metrics = {"peak_bytes": held[value, arm], "seconds": float(torch.tensor(taken).median())}
             measured = {"metrics": metrics, "items": {"seconds": [round(s, 6) for s in taken]}}
             yield make_record("efficiency", config, 0, data="", measured=measured)
+
+
+def _ready(sizes: dict[str, int], arm: Arm, device: str) -> tuple[nn.Module, torch.optim.Optimizer, Batch]:
+    model, batch = sized(**sizes, arm=arm, device=device)
+    return model, optimizer_of(model, "adamw_torch"), batch
 
 
 # Scores in the course of training
