@@ -1,6 +1,6 @@
 """What fine-tuning costs: time, memory, storage; a roofline of 4-bit layers; how cost grows. Chapter *Efficiency*.
 
-    cd book && python -m experiments.efficiency                    # all of it on a CPU: about 10 minutes
+    cd book && python -m experiments.efficiency                    # all of it on a CPU: about 15 minutes
     cd book && python -m experiments.efficiency --part roofline    # or one part: hold, steps, roofline, scaling
     cd book && python -m experiments.efficiency --part curves      # scores in the course of training: 15 minutes more
     cd book && python -m experiments.efficiency --device cuda      # all of it on a GPU, curves apart
