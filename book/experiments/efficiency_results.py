@@ -124,7 +124,7 @@ class Results:
                     "step time": said(middle(ratios[arm])),
                     "items/s": f"{size / taken:.3g}",
                     "peak (MB)": f"{held[arm]['peak_bytes'] / 1e6:.0f}",
-                    "saved (MB)": f"{held[arm]['stored_bytes'] / 1e6:.2g}",
+                    "saved (MB)": f"{held[arm]['stored_bytes'] / 1e6:.3g}",
                     "time to LoRA's loss": said(times[arm]) if arm in times else "",
                 }
             )
@@ -377,14 +377,14 @@ def middle(values: Iterable[float], level: float = 0.95) -> Interval:
     return float(center), float(ordered[k - 1]), float(ordered[-k])
 
 
-def said(interval: Interval) -> str:
+def said(interval: Interval, form: str = ".2f") -> str:
     """An interval as text.
 
     Example:
         >>> said((1.0, 0.5, float("inf")))
         '1.00 (0.50 to never)'
     """
-    center, low, high = ("never" if np.isinf(value) else f"{value:.2f}" for value in interval)
+    center, low, high = ("never" if np.isinf(value) else f"{value:{form}}" for value in interval)
     return f"{center} ({low} to {high})" if (low, high) != (center, center) else center
 
 
