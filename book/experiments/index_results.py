@@ -75,8 +75,8 @@ class Results:
         return (
             f"Adapters on a base in four bits train {trained / every:.0%} of the weights, a step of them takes "
             f"{small.cost / full.cost:.0%} of the bytes, and they end {_points(small, full)} full fine-tuning in 16 "
-            f"bits (*{TASK}*). A quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as many "
-            f"steps. Gates that know when something happens add {gates.cost / plain.cost - 1:.1%} of an adapter's "
+            f"bits (*{TASK}*). A quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as "
+            f"many steps. Gates that know when something happens add {gates.cost / plain.cost - 1:.1%} of an adapter's "
             f"parameters and end {_points(gates, plain)} it where timing matters."
         )
 
