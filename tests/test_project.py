@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -230,6 +231,26 @@ def test_no_button_where_no_repository_is_known(monkeypatch: pytest.MonkeyPatch)
     options = {"launch_buttons": {"colab_url": "https://colab.research.google.com"}, "repository_url": "https://x"}
     book_site.set_links(None, SimpleNamespace(html_theme_options=options))
     assert not options["launch_buttons"] and not options["use_repository_button"] and "repository_url" not in options
+
+
+def test_the_button_of_each_chapter_opens_it_in_a_given_repository(tmp_path: Path) -> None:
+    """Rendered with the book's configuration, of every chapter only its title."""
+    for name in ("_config.yml", "book/_ext/book_site.py", "book/_static/favicon.svg", "book/references.bib"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for path in NOTEBOOKS:
+        short = notebook(path)
+        short.cells = [nbformat.v4.new_markdown_cell(short.cells[0].source.splitlines()[0])]
+        nbformat.write(short, tmp_path / "book" / path.name)
+    others = [{"file": f"book/{path.stem}"} for path in NOTEBOOKS if path.stem != "index"]
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "book/index", "chapters": others}))
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-q", str(tmp_path)]
+    environment = {"BOOK_REPOSITORY_URL": "https://github.com/some-one/fork", "GITHUB_REF_NAME": "work"}
+    subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True)
+    for path in NOTEBOOKS:
+        page = (tmp_path / "_build" / "html" / "book" / f"{path.stem}.html").read_text()
+        links = set(re.findall(r'href="(https://colab[^"]+)"', page))
+        assert links == {f"https://colab.research.google.com/github/some-one/fork/blob/work/book/{path.name}"}
 
 
 def write_chapter(path: Path, text: str, code: str) -> None:
