@@ -95,7 +95,9 @@ class Results:
                 own = [runs[arm] for arm, on in ARMS.items() if (len(set(parts) - set(on)) % 2 == 0) == even]
                 items = np.mean([run["items"][METRIC] for run in own], axis=0)
                 means = {METRIC: float(items.mean())}
-                records.append({"config": {"side": side}, "seed": seed, "metrics": means, "items": {METRIC: items.tolist()}})
+                records.append(
+                    {"config": {"side": side}, "seed": seed, "metrics": means, "items": {METRIC: items.tolist()}}
+                )
         scale = 2 ** (len(parts) - 1)
         found = compare([*sides["plus"], *sides["minus"]], "minus", by="config.side", metric=METRIC)
         row = found.table.iloc[0]
