@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
-from experiments import baselines, ranks, selection, temporal, tuning
+from experiments import baselines, ranks, selection, temporal, together, tuning
+from experiments.together_results import METRIC, Results
 
 from mmqlora import benchmark
 from mmqlora.datasets.worlds import World
@@ -127,3 +128,80 @@ def test_no_run_of_the_selection_is_missing(part):
     found = [(tuple(sorted(r["config"].items(), key=str)), r["seed"]) for r in records]
     wanted = [(tuple(sorted(config.items(), key=str)), seed) for config, seed in selection.wanted(part)]
     assert len(set(found)) == len(found) and set(wanted) <= set(found)
+
+
+@pytest.mark.parametrize("arm", together.ARMS)
+def test_each_combination_runs_within_one_budget_and_starts_at_the_base(arm):
+    parts, task = together.ARMS[arm], benchmark.task(together.TASK)
+    train = together.Clips(together.world(1, 64), together.chosen if "selection" in parts else together.spread)
+    model = together.build(parts, train, seed=1)
+    batch = task.collate([train[i] for i in range(4)])
+    assert batch["pixel_values"].shape[1] == together.FRAMES
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, task.load(quant_type="nf4")(**batch).loss)
+    trained = sum(p.numel() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n)
+    plain = together.build((), train, seed=1)
+    budget = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    gates = sum(p.numel() for p in model.parameters() if p.requires_grad) - trained
+    assert 0.98 * budget < trained <= budget
+    assert bool(gates) == ("gates" in parts) and gates < 0.02 * budget
+
+
+def test_a_run_of_all_together_is_a_record():
+    config = {"task": together.TASK, "arm": "gates + ranks + selection", "learning_rate": 3e-3}
+    config |= {"steps": 1, "items": 64, "tests": 100, "validation": True}
+    record = together.run(config, seed=0)
+    assert record["experiment"] == "together" and record["config"] == config
+    assert len(record["items"][METRIC]) == 100 and 0 < record["metrics"][METRIC] < 1
+
+
+def test_the_eight_arms_are_every_combination():
+    assert len(together.ARMS) == 8 and together.ARMS["none"] == () and len(together.SEEDS) >= 6
+    assert {frozenset(parts) for parts in together.ARMS.values()} == {
+        frozenset(part for part, on in zip(together.PARTS, bits, strict=True) if on) for bits in np.ndindex(2, 2, 2)
+    }
+
+
+def test_effects_are_those_that_were_put_in():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.3, 0.5, 40)
+    records = []
+    for seed in range(1, 7):
+        noise = rng.normal(0, 0.002)
+        for arm, parts in together.ARMS.items():
+            gain = 0.05 * ("gates" in parts) + 0.02 * ("selection" in parts)
+            gain -= 0.03 * ({"gates", "selection"} <= set(parts))
+            items = hard + noise + gain + rng.normal(0, 0.002, 40)
+            records.append(
+                {
+                    "config": {"arm": arm},
+                    "seed": seed,
+                    "metrics": {METRIC: items.mean()},
+                    "items": {METRIC: list(items)},
+                }
+            )
+    results = Results(records)
+    found = results.effects()
+    assert results.finished and len(found) == 7
+    # A main effect is the mean over the arms with and without the other: half of the interaction is in it.
+    for name, truth in {
+        "gates": 3.5,
+        "ranks": 0,
+        "selection": 0.5,
+        "gates x selection": -3,
+        "gates x ranks": 0,
+    }.items():
+        assert found.loc[name, "difference"] == pytest.approx(truth, abs=0.15), name
+        assert found.loc[name, "low"] - 0.1 <= truth <= found.loc[name, "high"] + 0.1
+    assert found.loc["gates x ranks x selection", "difference"] == pytest.approx(0, abs=0.3)
+
+
+def test_a_seed_that_lacks_an_arm_is_left_out():
+    records = [
+        {"config": {"arm": arm}, "seed": seed, "metrics": {METRIC: 0.5}, "items": {METRIC: [0.5]}}
+        for seed in (1, 2)
+        for arm in together.ARMS
+    ]
+    results = Results(records[:-1])
+    assert list(results.whole) == [1] and not results.finished and "not finished" in results.progress()
+    assert not Results([]).shows and "0 of 48 runs" in Results([]).progress()

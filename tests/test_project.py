@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,6 +25,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "tools"), str(ROOT / "book" / "_ext")]
 
+import appendices  # noqa: E402
 import book_site  # noqa: E402
 import colab_cell  # noqa: E402
 
@@ -51,7 +55,8 @@ def chapter(request: pytest.FixtureRequest) -> Path:
 
 def test_every_page_is_in_the_table_of_contents_and_exists() -> None:
     pages = {f"book/{path.stem}" for path in (ROOT / "book").iterdir() if path.suffix in {".ipynb", ".md"}}
-    assert pages == set(LISTED)
+    assert pages.isdisjoint(appendices.GENERATED)
+    assert pages | set(appendices.GENERATED) == set(LISTED)
     assert len(LISTED) == len(set(LISTED))
 
 
@@ -228,6 +233,26 @@ def test_no_button_where_no_repository_is_known(monkeypatch: pytest.MonkeyPatch)
     assert not options["launch_buttons"] and not options["use_repository_button"] and "repository_url" not in options
 
 
+def test_the_button_of_each_chapter_opens_it_in_a_given_repository(tmp_path: Path) -> None:
+    """Rendered with the book's configuration, of every chapter only its title."""
+    for name in ("_config.yml", "book/_ext/book_site.py", "book/_static/favicon.svg", "book/references.bib"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for path in NOTEBOOKS:
+        short = notebook(path)
+        short.cells = [nbformat.v4.new_markdown_cell(short.cells[0].source.splitlines()[0])]
+        nbformat.write(short, tmp_path / "book" / path.name)
+    others = [{"file": f"book/{path.stem}"} for path in NOTEBOOKS if path.stem != "index"]
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "book/index", "chapters": others}))
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-q", str(tmp_path)]
+    environment = {"BOOK_REPOSITORY_URL": "https://github.com/some-one/fork", "GITHUB_REF_NAME": "work"}
+    subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True)
+    for path in NOTEBOOKS:
+        page = (tmp_path / "_build" / "html" / "book" / f"{path.stem}.html").read_text()
+        links = set(re.findall(r'href="(https://colab[^"]+)"', page))
+        assert links == {f"https://colab.research.google.com/github/some-one/fork/blob/work/book/{path.name}"}
+
+
 def write_chapter(path: Path, text: str, code: str) -> None:
     cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(code)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
@@ -255,6 +280,8 @@ def test_chapters_are_executed_again_only_where_needed(
     assert not book_tool.execute(book_tool.shared_key())
     assert "ZeroDivisionError" in capfd.readouterr().out
     assert path_of(good).exists() and not path_of(bad).exists()
+    noted = notebook(path_of(good)).metadata["executed"]
+    assert noted["seconds"] > 0 and noted["versions"]["python"] == platform.python_version()
     assert sys.prefix in path_of(good).read_text()
     write_chapter(bad, "# Bad", "1 / 1")
     assert book_tool.execute(book_tool.shared_key())
@@ -303,3 +330,31 @@ def test_a_model_of_ones_own_takes_less_than_forty_lines() -> None:
 def test_colab_keeps_what_its_kernel_has_loaded() -> None:
     """Replacing what a running process has loaded, or torch with its CUDA, would need a restart."""
     assert set(colab_cell.replaced()) <= {"peft", "transformers"}
+
+
+def test_the_page_of_records_has_every_run_and_stays_small() -> None:
+    folder = ROOT / "book" / "records"
+    found = appendices.records(folder)
+    page = found[Path("records.md")].decode()
+    for path in folder.glob("*.jsonl"):
+        section = page.split(f"(records-{path.stem})=")[1].split("\n(records-")[0]
+        runs = mmqlora.read_records(path)
+        assert sorted(re.findall(r"<code>(\w{12})</code>", section)) == sorted(run["id"] for run in runs)
+        assert all(f"`{commit}`" in section for commit in {run["commit"] for run in runs})
+        assert gzip.decompress(found[Path("records") / f"{path.name}.gz"]) == path.read_bytes()
+    assert len(page) < 1_400_000 and sum(map(len, found.values())) < 20_000_000
+    assert found == appendices.records(folder)  # or Sphinx would read it again each time
+
+
+def test_the_status_says_what_ran_where_and_when() -> None:
+    machine = {"processor": "CPU", "cores": 2, "threads": 1, "memory_bytes": 2**34, "accelerator": None}
+    run = {"seconds": 61.2, "when": "2026-01-02T03:04", "versions": {"python": "3.11.9"}, "machine": machine}
+    page = appendices.status([("Setup", "setup", run), ("Ranks", "ranks", {})])
+    assert "| [Setup](setup.ipynb) | 61 s | 2026-01-02 03:04 |" in page and "| [Ranks](ranks.ipynb) | | |" in page
+    assert "CPU, 2 cores, 16 GiB, 1 thread, no GPU" in page and "| python | 3.11.9 |" in page
+    assert platform.node() not in page or not platform.node()
+
+
+@pytest.mark.parametrize("number, letters", [(0, "a"), (25, "z"), (26, "aa"), (27, "ab"), (52, "ba"), (702, "aaa")])
+def test_letters_of_commits(number: int, letters: str) -> None:
+    assert appendices._letters(number) == letters

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from appendices import records, status
 from colab_cell import replaced, write_colab_cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,9 +101,20 @@ def run(chapter: Path, result: Path) -> bool:
         return False
     for old in EXECUTED.glob(f"{chapter.stem}.*.ipynb"):
         old.unlink()
+    note(notebook, seconds)
     notebook.replace(result)
     print(f"{chapter.stem}: executed in {seconds:.0f} s", flush=True)
     return True
+
+
+def note(notebook: Path, seconds: float) -> None:
+    """Keep beside the outputs what the page on the status of the book says."""
+    from mmqlora.records import environment as versions_and_machine
+
+    executed = nbformat.read(notebook, as_version=4)
+    when = time.strftime("%Y-%m-%dT%H:%M", time.gmtime())
+    executed.metadata["executed"] = {"seconds": round(seconds, 1), "when": when, **versions_and_machine()}
+    nbformat.write(executed, notebook)
 
 
 def execute(shared: str) -> bool:
@@ -122,6 +134,7 @@ def render(shared: str) -> bool:
     site = SCRATCH / "site"
     wanted = {Path("_config.yml"): b"", Path("_toc.yml"): b""}
     wanted |= {path.relative_to(ROOT): b"" for path in (ROOT / "book").rglob("*") if path.is_file()}
+    states = []
     for chapter in chapters():
         notebook = nbformat.read(chapter, as_version=4)
         ran = nbformat.read(executed_path(chapter, shared), as_version=4)
@@ -132,7 +145,11 @@ def render(shared: str) -> bool:
                 print(f"{chapter.stem}: the cell of {name} shows {len(cell.outputs)} things, a figure's cell shows one")
                 return False
         notebook.metadata.language_info = ran.metadata.language_info
+        title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        states.append((title, chapter.stem, ran.metadata.get("executed", {})))
         wanted[chapter.relative_to(ROOT)] = nbformat.writes(notebook).encode()
+    wanted[Path("book/status.md")] = status(states).encode()
+    wanted |= {Path("book") / name: content for name, content in records(ROOT / "book" / "records").items()}
     for path in [path for path in site.rglob("*") if path.is_file() and path.relative_to(site) not in wanted]:
         path.unlink()
     for name, content in wanted.items():

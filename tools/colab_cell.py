@@ -1,4 +1,4 @@
-"""The first code cell of every chapter: on Colab it fetches the book and the library, elsewhere it does nothing."""
+"""The first code cell of every chapter: on Colab it fetches the book and the library, elsewhere it reads LARGE."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 
 SOURCE = """\
-# Colab only: fetch the book, install its library, keep Colab's torch. Anywhere else this cell does nothing.
+# Colab only: fetch the book, install its library, keep Colab's torch. Anywhere else this cell only reads LARGE.
 import os
 
+LARGE = bool(os.environ.get("MMQLORA_LARGE"))  # True on a GPU: a larger model or a whole run, where there is one
 REPOSITORY, BRANCH = "", "main"  # "owner/name"; needed only if this notebook was not opened from GitHub
 
 if "COLAB_RELEASE_TAG" in os.environ:

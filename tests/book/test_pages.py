@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -19,13 +22,17 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
+sys.path.append(str(ROOT / "book" / "_ext"))
+
+import book_site  # noqa: E402
+
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
 EXTRA = ["index", "search", "genindex"]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
-PHONE, DESK = {"width": 390, "height": 800}, {"width": 1440, "height": 900}
+PHONE, DESK = {"width": 360, "height": 800}, {"width": 1440, "height": 900}
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -138,6 +145,45 @@ def test_what_is_folded_unfolds(browser: Browser, server: str, name: str) -> Non
     page.close()
 
 
+def test_the_button_of_each_chapter_opens_it_in_colab() -> None:
+    """In the repository that the pages were rendered for; where none is known, there is no button."""
+    origin, branch = book_site.git("remote", "get-url", "origin"), book_site.git("branch", "--show-current")
+    place = book_site.repository(os.environ, origin, branch)
+    for name in PAGES:
+        links = re.findall(r'href="(https://colab[^"]+)"', (HTML / f"{name}.html").read_text())
+        if place is None or not (ROOT / f"{name}.ipynb").exists():
+            assert not links, name
+        else:
+            repository = place[0].removeprefix("https://github.com/")
+            wanted = f"https://colab.research.google.com/github/{repository}/blob/{place[1]}/{name}.ipynb"
+            assert set(links) == {wanted}, name
+
+
+@pytest.mark.parametrize("name", PAGES + EXTRA)
+def test_a_page_is_small(name: str) -> None:
+    assert (HTML / f"{name}.html").stat().st_size < 1.5e6
+
+
+def test_the_site_is_small() -> None:
+    sizes = {path.relative_to(HTML): path.stat().st_size for path in HTML.rglob("*") if path.is_file()}
+    largest = sorted(sizes, key=sizes.get)[-5:]
+    assert sum(sizes.values()) < 40e6, {str(name): sizes[name] for name in largest}
+
+
+def test_records_can_be_downloaded_and_open_at_a_run(browser: Browser, server: str) -> None:
+    page = browser.new_page(viewport=PHONE)
+    visit(page, f"{server}/book/records.html")
+    table = page.locator("details.runs").first
+    assert not table.locator("table").is_visible()
+    table.locator("summary").click()
+    assert table.locator("code").first.is_visible()
+    with page.expect_download() as download:
+        page.locator('a[href$=".jsonl.gz"]').first.click()
+    lines = gzip.decompress(Path(download.value.path()).read_bytes()).splitlines()
+    page.close()
+    assert json.loads(lines[0])["id"]
+
+
 # A word of each chapter that stands in few others.
 WORDS = {
     "data_and_media": "decord",
@@ -147,6 +193,8 @@ WORDS = {
     "temporal": "bottleneck",
     "ranks": "allocation",
     "selection": "segmentation",
+    "together": "interaction",
+    "status": "executed",
     "memory": "rehearsal",
     "real_scale": "recipe",
     "your_model": "classifier",

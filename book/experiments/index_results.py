@@ -1,0 +1,119 @@
+"""What the first page shows: what each idea costs and brings, from the records of the chapters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.baselines import RECORDS
+from mmqlora.records import read_records
+
+TASK = "video/palette"
+OFF, ON = "#949494", "#d55e00"
+SIZES = [8, 8]  # of the step whose bytes were counted: 16 clips of one length, as in a run
+ARMS = {"all weights": ("full", 16), "LoRA, 16 bits": ("lora", 16), "LoRA on NF4": ("lora", 4)}
+
+
+class Point(NamedTuple):
+    """An arm: its name, what it costs, the score of every seed, and whether the idea is on."""
+
+    name: str
+    cost: float
+    scores: np.ndarray
+    on: bool
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(self.scores.mean())
+
+
+class Results:
+    """The records, and what follows from them."""
+
+    def __init__(self) -> None:
+        baselines = [r for r in read_records(RECORDS / "baselines.jsonl") if r["config"]["task"] == TASK]
+        counted = {
+            ("lora" if r["config"]["method"] == "lora" else "full", 4 if r["config"]["quant_type"] else 16): r
+            for r in read_records(RECORDS / "memory_checks.jsonl")
+            if (r["config"]["model"], r["config"]["sizes"], r["config"]["checkpointing"]) == (TASK, SIZES, False)
+        }
+        selected = read_records(RECORDS / "selection_trained.jsonl")
+        gated = [r for r in read_records(RECORDS / "temporal.jsonl") if r["config"]["task"] == "retrieval/flashes"]
+
+        def scores(records: list[dict], **config: object) -> np.ndarray:
+            own = {r["seed"]: r["metrics"] for r in records if all(r["config"].get(k) == v for k, v in config.items())}
+            return np.array([own[seed].get("word_accuracy", own[seed].get("reciprocal_rank")) for seed in sorted(own)])
+
+        self.memory, self.parameters = [], []
+        for name, (method, bits) in ARMS.items():
+            own = [r for r in baselines if (r["config"]["method"], r["config"]["bits"]) == (method, bits)]
+            found = scores(own)
+            on = (method, bits) == ("lora", 4)
+            self.memory.append(Point(name, counted[method, bits]["metrics"]["measured"] / 1e6, found, on))
+            self.parameters.append(Point(name, own[0]["parameters"]["trainable"] / 1e3, found, on))
+        self.frames = [Point("all", 1.0, scores(selected, method="all"), False)]
+        for part, share in ((None, 1 / 4), (8, 1 / 8)):
+            for method, name in (("uniform", "spread evenly"), ("segments", "chosen")):
+                self.frames.append(Point(name, share, scores(selected, method=method, part=part), method == "segments"))
+        self.gates = []
+        for arm, name in (("plain", "LoRA"), ("wider", "one rank more"), ("gate from both", "with gates")):
+            own = [r for r in gated if r["config"]["arm"] == arm]
+            self.gates.append(
+                Point(name, own[0]["parameters"]["trainable"] / 1e3, scores(own), arm == "gate from both")
+            )
+
+    def answer(self) -> str:
+        """What each idea brings, in a few sentences."""
+        (full, _, small), (every, trained) = self.memory, (self.parameters[0].cost, self.parameters[-1].cost)
+        whole, chosen = self.frames[0], self.frames[2]
+        plain, gates = self.gates[0], self.gates[-1]
+        return (
+            f"Adapters on a base in four bits train {trained / every:.0%} of the weights, a step of them takes "
+            f"{small.cost / full.cost:.0%} of the bytes, and they end {_points(small, full)} full fine-tuning in 16 "
+            f"bits (*{TASK}*). A quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as "
+            f"many steps. Gates that know when something happens add {gates.cost / plain.cost - 1:.1%} of an adapter's "
+            f"parameters and end {_points(gates, plain)} it where timing matters."
+        )
+
+    def plot(self) -> Figure:
+        """Score against memory, parameters and frames: orange with the idea, gray without; dots are seeds."""
+        figure, panels = plt.subplots(2, 2, figsize=(7.4, 6.2))
+        _draw(panels[0, 0], self.memory, "Four bits: bytes of a step (MB)", "word accuracy")
+        _draw(panels[0, 1], self.parameters, "Adapters: trained parameters (thousands)", "word accuracy", log=True)
+        _draw(panels[1, 0], self.frames, "Selection: share of the frames", "word accuracy")
+        _draw(panels[1, 1], self.gates, "Gates: trained parameters (thousands)", "reciprocal rank")
+        panels[0, 0].set_xlim(90, 230)
+        panels[1, 0].set_xlim(-0.1, 1.2)
+        panels[1, 0].set_ylim(0, 1.1)
+        for axes in panels[0]:
+            axes.set_ylim(0.94, 1.0)
+        return figure
+
+
+def _points(a: Point, b: Point) -> str:
+    gap = 100 * (a.mean - b.mean)
+    return f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'}"
+
+
+def _draw(axes: Axes, points: list[Point], label: str, score: str, log: bool = False) -> None:
+    for point in points:
+        color = ON if point.on else OFF
+        axes.plot(np.full(len(point.scores), point.cost), point.scores, "o", ms=4, alpha=0.5, mew=0, color=color)
+        axes.plot(point.cost, point.mean, "D", ms=8, color=color)
+        axes.annotate(
+            point.name,
+            (point.cost, point.mean),
+            (0, 9 if point.on else -17),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color="#a34700" if point.on else "0.35",
+        )
+    axes.set(xlabel=label, ylabel=score, xscale="log" if log else "linear")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.3, y=0.2)
