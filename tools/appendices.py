@@ -47,6 +47,8 @@ FILES: dict[str, tuple[str, str]] = {
     "conformance": ("Architectures and what gates do on them", "python conformance.py (in tests/)"),
     "ranks": ("Where the rank goes, and where A starts", "python -m experiments.ranks"),
     "ranks_tuning": ("Learning rates of the ranks", "python -m experiments.ranks --tune"),
+    "ranks_speech": ("Where the rank goes, on speech", "python -m experiments.ranks_speech"),
+    "ranks_speech_tuning": ("Their learning rates", "python -m experiments.ranks_speech --tune"),
     "ranks_shares": ("Shares of a budget, without training", "python -m experiments.ranks_shares"),
     "ranks_cost": ("What a calibration costs", "python -m experiments.ranks_cost"),
     "selection_frames": ("Selectors of frames, before a model as it comes", "python -m experiments.selection frames"),
@@ -66,6 +68,14 @@ FILES: dict[str, tuple[str, str]] = {
     "memory_checks": ("Predicted and counted bytes of real steps", "python rehearsals.py (in tests/)"),
     "memory_published": ("Predicted memory of published runs", "python -m experiments.memory_published"),
     "recipes": ("Planned memory of the recipes", "python -m experiments.recipes"),
+    "efficiency_hold": ("Bytes held by a step, and bytes saved", "python -m experiments.efficiency --part hold"),
+    "efficiency_steps": ("Time of a step", "python -m experiments.efficiency --part steps"),
+    "efficiency_roofline": (
+        "What a 4-bit layer does, part by part",
+        "python -m experiments.efficiency --part roofline",
+    ),
+    "efficiency_scaling": ("How cost grows", "python -m experiments.efficiency --part scaling"),
+    "efficiency_curves": ("Scores in the course of training", "python -m experiments.efficiency --part curves"),
 }
 PACKAGES = ("python", "torch", "transformers", "peft")
 # The score of a run that the page shows: the first of these that its record has.

@@ -85,7 +85,7 @@ def build(parts: tuple[str, ...], train: Clips, seed: int) -> nn.Module:
     settings: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
     if "ranks" in parts:
         found, _ = ranks.calibration(task, model, train)
-        settings = ranks.ranks_of(task, found, "gradient", RANK, seed).as_kwargs()
+        settings = ranks.ranks_of(task.load, found, "gradient", RANK, seed).as_kwargs()
     torch.manual_seed(seed)
     gates = TemporalLoraConfig(signals=temporal.CONTENT[task.model], hidden=True, **settings)
     adapted = get_peft_model(model, gates if "gates" in parts else LoraConfig(**settings))
