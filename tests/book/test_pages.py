@@ -83,6 +83,8 @@ def visit(page: Page, url: str) -> list[str]:
 def test_page_loads_alone_and_fits_a_phone(browser: Browser, server: str, name: str, place: str, theme: str) -> None:
     page = browser.new_page(viewport=PHONE, color_scheme=theme)
     wrong = visit(page, f"{server if place == 'http' else HTML.as_uri()}/{name}.html")
+    # The theme's script runs when all of a page is read, which for a long one is later than the last request.
+    page.wait_for_function("document.documentElement.dataset.theme !== 'auto'")
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     width, screen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     page.close()
