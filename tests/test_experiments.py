@@ -86,11 +86,11 @@ def test_arms_of_ranks_start_at_the_base_with_equal_parameters(arm, monkeypatch)
     batch = task.collate([train[i] for i in range(2)])
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, task.load(quant_type="nf4")(**batch).loss)
-    linears = [module for name, module in model.named_modules() if name.endswith("base_layer")]
+    modules = task.load().named_modules()
+    linears = [m for name, m in modules if isinstance(m, torch.nn.Linear) and name != "proj_out"]
     uniform = 2 * sum(linear.in_features + linear.out_features for linear in linears)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if arm.startswith("uniform"):
-        assert trained == uniform and len(linears) > 20
+    assert 0.99 * uniform < trained <= uniform and (trained == uniform or arm != "uniform")
     assert sum(shares.values()) == pytest.approx(1)
 
 

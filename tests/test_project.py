@@ -245,12 +245,12 @@ def test_the_button_of_each_chapter_opens_it_in_a_given_repository(tmp_path: Pat
     others = [{"file": f"book/{path.stem}"} for path in NOTEBOOKS if path.stem != "index"]
     (tmp_path / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "book/index", "chapters": others}))
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-q", str(tmp_path)]
-    environment = {"BOOK_REPOSITORY_URL": "https://github.com/some-one/fork", "GITHUB_REF_NAME": "work"}
+    environment = {"BOOK_REPOSITORY_URL": "https://github.com/some-one/fork", "GITHUB_REF_NAME": "topic"}
     subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True)
     for path in NOTEBOOKS:
         page = (tmp_path / "_build" / "html" / "book" / f"{path.stem}.html").read_text()
         links = set(re.findall(r'href="(https://colab[^"]+)"', page))
-        assert links == {f"https://colab.research.google.com/github/some-one/fork/blob/work/book/{path.name}"}
+        assert links == {f"https://colab.research.google.com/github/some-one/fork/blob/topic/book/{path.name}"}
 
 
 def write_chapter(path: Path, text: str, code: str) -> None:
