@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2
 INSTALLED := .venv/installed
 PINNED := torch==2.14.1 torchvision==0.29.1 torchaudio==2.11.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2
 
@@ -15,12 +16,12 @@ book: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python tools/book.py execute
 	@echo "Running the unit tests"
-	@$(BIN)/python -m pytest
+	@$(PYTEST) --dist loadfile
 
 # Looks at the rendered book in Chromium, which has to be on the machine.
 test-book: book
 	@echo "Looking at the book's pages in Chromium"
-	@$(BIN)/python -m pytest tests/book
+	@$(PYTEST) tests/book
 
 serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html

@@ -49,20 +49,23 @@ def changed(name: str, change: Callable[[Any], None]) -> PreTrainedModel:
     return type(model)(config).eval()
 
 
-def whisper() -> tuple[PreTrainedModel, Any]:
-    # As in Whisper's own, everything from the end token on is special.
+def ending(**settings: Any) -> PreTrainedTokenizerFast:
+    """Letters, the end token after them; as in OpenAI's own tokenizers, everything from it on is special."""
     end = {"<eos>": 200, "<bos>": 201, "<pad>": 202, "<unk>": 203}
-    tokenizer = letters({}, end)
+    tokenizer = letters({}, end, **settings)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 201), ("<eos>", 200)]
     )
+    return tokenizer
 
+
+def whisper() -> tuple[PreTrainedModel, Any]:
     def change(config: Any) -> None:
         config.max_source_positions, config.max_target_positions = 1500, 64
         config.eos_token_id, config.pad_token_id = 200, 202
         config.bos_token_id = config.decoder_start_token_id = 201
 
-    return changed("Whisper", change), tf.WhisperProcessor(tf.WhisperFeatureExtractor(feature_size=16), tokenizer)
+    return changed("Whisper", change), tf.WhisperProcessor(tf.WhisperFeatureExtractor(feature_size=16), ending())
 
 
 def qwen2_audio() -> tuple[PreTrainedModel, Any]:
@@ -88,8 +91,11 @@ def clap() -> tuple[PreTrainedModel, Any]:
 
 
 def clip() -> tuple[PreTrainedModel, Any]:
+    def change(config: Any) -> None:
+        config.text_config.eos_token_id = 200  # a text is what its end has seen
+
     pictures = tf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return ARCHITECTURES["CLIP"](), tf.CLIPProcessor(pictures, letters({}, model_max_length=64))
+    return changed("CLIP", change), tf.CLIPProcessor(pictures, ending(model_max_length=64))
 
 
 def smolvlm() -> tuple[PreTrainedModel, Any]:
