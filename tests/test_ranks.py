@@ -166,6 +166,31 @@ def test_a_tower_that_does_not_fit_is_left_out_and_named():
         nothing.as_kwargs()
 
 
+def test_what_a_card_has_room_for(tmp_path):
+    task = benchmark.task("audio/timbre")
+    items = task.train(seed=1)
+    batch, model = task.collate([items[i] for i in range(8)]), task.load("nf4")
+
+    def planned(ranks: Ranks, gpu: int) -> mm.Plan:
+        settings = ranks.as_kwargs()
+        return mm.plan(model, gpu=gpu, rank=settings.pop("r"), inputs=batch, optimizer="adamw_torch", **settings)
+
+    rich = allocate_ranks(model, [batch], Budget(bytes=10**12), max_rank=32)
+    needed = planned(rich, 10**12).process
+    tight = Budget(gpu=needed - 5 * 2**20)
+    poor = allocate_ranks(model, iter([batch]), tight, max_rank=32)
+    assert planned(poor, tight.gpu).fits and 0 < poor.parameters < rich.parameters
+    assert poor.notes[-1].startswith("A step takes") and all(poor[name] <= rich[name] for name in rich)
+    poor.save(tmp_path / "ranks.json")
+    assert Ranks.load(tmp_path / "ranks.json").budget == tight
+    with pytest.raises(RankError, match=r"no room for adapters on gpu=1000: .* takes 0\.\d+ GiB"):
+        allocate_ranks(model, [batch], Budget(gpu=1000))
+    with pytest.raises(RankError, match="needs the model and its batches"):
+        allocate_ranks(rich.calibration, budget=tight)
+    with pytest.raises(mm.MMQLoRAError, match="'T5' is unknown; use one of T4"):
+        allocate_ranks(model, [batch], Budget(gpu="T5"))
+
+
 def test_activations_are_those_that_autograd_saves():
     """A chain of two towers, by hand: what is kept from a Linear on."""
 
@@ -331,7 +356,7 @@ def test_mistakes_are_named(audio):
     ):
         with pytest.raises(RankError, match=message):
             allocate_ranks(audio, **wrong)
-    for wrong in ({}, {"parameters": 1, "bytes": 1}, {"parameters": 0}, {"bytes": 1, "optimizer": "sgd"}):
+    for wrong in ({}, {"parameters": 1, "bytes": 1}, {"parameters": 0}, {"gpu": 0}, {"bytes": 1, "optimizer": "sgd"}):
         with pytest.raises(RankError, match=r"Budget|optimizer"):
             Budget(**wrong)
     assert set(OPTIMIZER_BYTES) == {"adamw_torch", "paged_adamw_8bit"}

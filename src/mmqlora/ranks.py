@@ -15,7 +15,8 @@ A budget is spent by taking ranks in the order of u_j / c. As the u_j of a Linea
 same, no other choice of the same cost has a larger sum: the greedy choice is optimal for what it spends.
 
 In bytes there is more to pay than ranks: the first adapter of a tower makes everything behind it keep its activations.
-`Budget(bytes=...)` counts that too, and the choice is then a small integer program.
+`Budget(bytes=...)` counts that too, and the choice is then a small integer program. `Budget(gpu="T4")` is what `plan`
+says is left of a card beside the frozen model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,27 +50,29 @@ OPTIMIZER_BYTES = {"adamw_torch": 16.0, "paged_adamw_8bit": 10.03}  # of a train
 
 @dataclass(frozen=True)
 class Budget:
-    """What adapters may cost; one of the first two.
+    """What adapters may cost; one of the first three.
 
     Example:
         >>> Budget(parameters=100_000)
-        Budget(parameters=100000, bytes=None, optimizer='adamw_torch')
+        Budget(parameters=100000, bytes=None, gpu=None, optimizer='adamw_torch')
 
     Args:
         parameters: trained parameters.
         bytes: bytes of adapters, gradients and optimizer states, and of the activations that are kept for them, with
             batches like the first of the calibration.
+        gpu: a name in `GPUS`, or bytes of a card: a step on such a batch fits it, with the frozen model, by `plan`.
         optimizer: "adamw_torch" (16 bytes a parameter) or "paged_adamw_8bit" (10.03).
     """
 
     parameters: int | None = None
     bytes: int | None = None
+    gpu: str | int | None = None
     optimizer: str = "adamw_torch"
 
     def __post_init__(self) -> None:
-        amount = self.parameters if self.bytes is None else self.bytes
-        if (self.parameters is None) == (self.bytes is None) or not amount > 0:
-            raise RankError(f"{self}: expected parameters or bytes, one of them, above 0.")
+        given = [amount for amount in (self.parameters, self.bytes, self.gpu) if amount is not None]
+        if len(given) != 1 or not (isinstance(given[0], str) or given[0] > 0):
+            raise RankError(f"{self}: expected parameters, bytes or gpu, one of them, above 0.")
         if self.optimizer not in OPTIMIZER_BYTES:
             raise RankError(f"optimizer={self.optimizer!r}; expected one of {', '.join(OPTIMIZER_BYTES)}.")
 
@@ -309,36 +312,44 @@ def allocate_ranks(
     if not 0 <= min_rank <= max_rank:
         raise RankError(f"min_rank={min_rank}, max_rank={max_rank}; expected 0 <= min_rank <= max_rank.")
     calibration = model if isinstance(model, Calibration) else None
-    if calibration is None and (method in CALIBRATED or budget.bytes is not None):
+    if calibration and budget.gpu is not None:
+        raise RankError("a budget for a GPU needs the model and its batches; a calibration was given.")
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if calibration is None and (method in CALIBRATED or budget.parameters is None):
         calibration = calibrate(
             model,
-            batches,
+            itertools.chain(first, batches),
             exclude=exclude,
             directions=max_rank,
             variances=method == "variance",
-            activations=budget.bytes is not None,
+            activations=budget.parameters is None,
             seed=seed,
         )
     rows = tuple(calibration.rows if calibration else _rows(model, exclude))
     source = _Source(rows, calibration, None if isinstance(model, Calibration) else model, max_rank, seed)
     gains = {name: np.maximum(np.asarray(values, float), 0) for name, values in GAINS[method](source).items()}
     groups = _groups(rows, gains, share, fixed or {}, min_rank, max_rank)
-    if budget.parameters is not None:
-        taken, curve = _greedy(groups, budget.parameters, fill, seed)
-        notes: tuple[str, ...] = ()
-    else:
-        if calibration is None or not calibration.order:
-            raise RankError("a budget in bytes needs calibrate(..., activations=True).")
-        taken, notes = _optimal(groups, budget, calibration)
-        curve = np.zeros((0, 2))
-    ranks = {row.name: 0 for row in rows}
-    for group, rank in zip(groups, taken, strict=True):
-        ranks.update(dict.fromkeys(group.names, rank))
-    bought = {row.name: tuple(gains[row.name][: ranks[row.name]].tolist()) for row in rows}
-    spent = float(sum(ranks[row.name] * sum(row.shape) for row in rows))
-    if budget.bytes is not None:
-        spent = _bytes(ranks, rows, budget, calibration)
-    return Ranks(ranks, rows, method, budget, spent, bought, curve, notes, calibration)
+
+    def choose(budget: Budget) -> Ranks:
+        if budget.parameters is not None:
+            taken, curve = _greedy(groups, budget.parameters, fill, seed)
+            notes: tuple[str, ...] = ()
+        else:
+            if calibration is None or not calibration.order:
+                raise RankError("a budget in bytes needs calibrate(..., activations=True).")
+            taken, notes = _optimal(groups, budget, calibration)
+            curve = np.zeros((0, 2))
+        ranks = {row.name: 0 for row in rows}
+        for group, rank in zip(groups, taken, strict=True):
+            ranks.update(dict.fromkeys(group.names, rank))
+        bought = {row.name: tuple(gains[row.name][: ranks[row.name]].tolist()) for row in rows}
+        spent = float(sum(ranks[row.name] * sum(row.shape) for row in rows))
+        if budget.bytes is not None:
+            spent = _bytes(ranks, rows, budget, calibration)
+        return Ranks(ranks, rows, method, budget, spent, bought, curve, notes, calibration)
+
+    return choose(budget) if budget.gpu is None else _fill(model, first[0], budget, choose)
 
 
 # What a rank is worth
@@ -618,6 +629,37 @@ def _bytes(ranks: Mapping[str, int], rows: Sequence[Row], budget: Budget, calibr
             kept = np.maximum(kept, calibration.kept[tower] * begun)
     parameters = sum(ranks[row.name] * sum(row.shape) for row in rows)
     return float(parameters * OPTIMIZER_BYTES[budget.optimizer] + kept.sum())
+
+
+def _fill(model: nn.Module, batch: Mapping[str, Any], budget: Budget, choose: Callable[[Budget], Ranks]) -> Ranks:
+    """Ranks with which a step fits a card: a budget in bytes, less what `plan` says is too much, until it does."""
+    import bitsandbytes as bnb
+
+    from .planner import plan
+
+    settings = {
+        "gpu": budget.gpu,
+        "quant_type": next((m.weight.quant_type for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)), None),
+        "optimizer": budget.optimizer,
+        "checkpointing": getattr(model, "is_gradient_checkpointing", False),
+        "inputs": batch,
+    }
+    empty = plan(model, rank=1, **settings)
+    room = empty.limit
+    while room > 0:
+        ranks = choose(replace(budget, gpu=None, bytes=room))
+        if not any(ranks.values()):
+            break
+        given = ranks.as_kwargs()
+        planned = plan(model, rank=given.pop("r"), **given, **settings)
+        if planned.fits:
+            return replace(ranks, budget=budget, notes=(*ranks.notes, f"A step takes {planned}."))
+        # At least a little less each time, so that this ends soon.
+        room = int(ranks.spent) - max(planned.process - planned.limit, room // 200, 1)
+    raise RankError(
+        f"{type(model).__name__} leaves no room for adapters on gpu={budget.gpu!r}: with rank 1 on all Linears a step "
+        f"takes {empty}. `plan(...).fit()` says what would make room."
+    )
 
 
 def _layer(name: str) -> int:
