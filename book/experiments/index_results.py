@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.baselines import RECORDS
+from mmqlora.comparisons import compare
 from mmqlora.records import read_records
 
 TASK = "video/palette"
@@ -19,12 +20,18 @@ ARMS = {"all weights": ("full", 16), "LoRA, 16 bits": ("lora", 16), "LoRA on NF4
 
 
 class Point(NamedTuple):
-    """An arm: its name, what it costs, the score of every seed, and whether the idea is on."""
+    """An arm: its name, what it costs, its records, the measure of their scores, and whether the idea is on."""
 
     name: str
     cost: float
-    scores: np.ndarray
+    records: list[dict[str, Any]]
+    measure: str
     on: bool
+
+    @property
+    def scores(self) -> np.ndarray:
+        """One a seed, in their order."""
+        return np.array([r["metrics"][self.measure] for r in sorted(self.records, key=lambda r: r["seed"])])
 
     @property
     def mean(self) -> float:
@@ -45,27 +52,24 @@ class Results:
         selected = read_records(RECORDS / "selection_trained.jsonl")
         gated = [r for r in read_records(RECORDS / "temporal.jsonl") if r["config"]["task"] == "retrieval/flashes"]
 
-        def scores(records: list[dict], **config: object) -> np.ndarray:
-            own = {r["seed"]: r["metrics"] for r in records if all(r["config"].get(k) == v for k, v in config.items())}
-            return np.array([own[seed].get("word_accuracy", own[seed].get("reciprocal_rank")) for seed in sorted(own)])
+        def arm(records: list[dict[str, Any]], **config: object) -> list[dict[str, Any]]:
+            return [r for r in records if all(r["config"].get(k) == v for k, v in config.items())]
 
         self.memory, self.parameters = [], []
         for name, (method, bits) in ARMS.items():
-            own = [r for r in baselines if (r["config"]["method"], r["config"]["bits"]) == (method, bits)]
-            found = scores(own)
-            on = (method, bits) == ("lora", 4)
-            self.memory.append(Point(name, counted[method, bits]["metrics"]["measured"] / 1e6, found, on))
-            self.parameters.append(Point(name, own[0]["parameters"]["trainable"] / 1e3, found, on))
-        self.frames = [Point("all", 1.0, scores(selected, method="all"), False)]
+            own, on = arm(baselines, method=method, bits=bits), (method, bits) == ("lora", 4)
+            measured = counted[method, bits]["metrics"]["measured"] / 1e6
+            self.memory.append(Point(name, measured, own, "word_accuracy", on))
+            self.parameters.append(Point(name, _trained(own), own, "word_accuracy", on))
+        self.frames = [Point("all", 1.0, arm(selected, method="all"), "word_accuracy", False)]
         for part, share in ((None, 1 / 4), (8, 1 / 8)):
             for method, name in (("uniform", "spread evenly"), ("segments", "chosen")):
-                self.frames.append(Point(name, share, scores(selected, method=method, part=part), method == "segments"))
+                own = arm(selected, method=method, part=part)
+                self.frames.append(Point(name, share, own, "word_accuracy", method == "segments"))
         self.gates = []
-        for arm, name in (("plain", "LoRA"), ("wider", "one rank more"), ("gate from both", "with gates")):
-            own = [r for r in gated if r["config"]["arm"] == arm]
-            self.gates.append(
-                Point(name, own[0]["parameters"]["trainable"] / 1e3, scores(own), arm == "gate from both")
-            )
+        for kind, name in (("plain", "LoRA"), ("wider", "one rank more"), ("gate from both", "with gates")):
+            own = arm(gated, arm=kind)
+            self.gates.append(Point(name, _trained(own), own, "reciprocal_rank", kind == "gate from both"))
 
     def answer(self) -> str:
         """What each idea brings, in a few sentences."""
@@ -95,9 +99,18 @@ class Results:
         return figure
 
 
+def _trained(records: list[dict[str, Any]]) -> float:
+    """Thousands of trained parameters."""
+    return records[0]["parameters"]["trainable"] / 1e3
+
+
 def _points(a: Point, b: Point) -> str:
-    gap = 100 * (a.mean - b.mean)
-    return f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'}"
+    """How far apart two arms are, with the 95% interval."""
+    runs = [{**record, "arm": point.name} for point in (a, b) for record in point.records]
+    found = 100 * compare(runs, b.name, by="arm", metric=a.measure).table.iloc[0][["difference", "low", "high"]]
+    sign, side = (1, "above") if found.difference >= 0 else (-1, "below")
+    low, high = sorted((sign * found.low, sign * found.high))
+    return f"{abs(found.difference):.1f} points ({low:.1f} to {high:.1f}) {side}"
 
 
 def _draw(axes: Axes, points: list[Point], label: str, score: str, log: bool = False) -> None:
