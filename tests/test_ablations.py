@@ -199,6 +199,9 @@ def test_effects_are_those_that_were_put_in(results):
     assert found["difference"] == pytest.approx(0.03, abs=0.03)
     said = results.takeaway("placement")
     assert "text worst with -" in said and "Not measured" not in said and said.count(" is best") == 3
+    lessons = results.lessons()
+    assert len(lessons) == 5 and lessons[2].startswith("**The text decoder alone against all regions: worse.** -")
+    assert lessons[2].count(" points (") == 3
     rows = results.summary()
     assert len(rows) == len(PLACES) and (rows["range"] >= 0).all()
 

@@ -41,6 +41,13 @@ LESSONS: tuple[tuple[str, str, Level, Level | None], ...] = (
     ("One frame in sixteen against one in four", "selection budget", ("segments", "1/16"), None),
     ("LoRA's learning rate half a decade too low", "learning rate", ("lora", "lower"), None),
 )
+VERDICTS = {
+    "better, equivalent": f"better, by less than {100 * MARGIN:g} points",
+    "worse, equivalent": f"worse, by less than {100 * MARGIN:g} points",
+    "better": "better",
+    "worse": "worse",
+    "equivalent": f"equal within {100 * MARGIN:g} points",
+}
 
 
 class Results:
@@ -172,14 +179,25 @@ class Results:
         """The five lessons, each with its intervals, of what is measured to the end; shorter while that is little."""
         said = []
         for words, ablation, level, baseline in LESSONS:
-            effects = [
-                f"{self.effect(ablation, task, level, baseline)} on *{task}*"
+            tasks = [
+                task
                 for task in self.measured(ablation)
                 if {level, baseline or center(ablation, task)} <= set(self.of(ablation, task))
             ]
-            if effects:
-                said.append(f"**{words}:** {', '.join(effects)}.")
+            if tasks:
+                fell = {self.verdict(ablation, task, level, baseline) for task in tasks}
+                way = fell.pop() if len(fell) == 1 else "it depends on the task"
+                effects = [f"{self.effect(ablation, task, level, baseline)} on *{task}*" for task in tasks]
+                said.append(f"**{words}: {way}.** {', '.join(effects)}.")
         return said or ["Nothing is measured to the end."]
+
+    def verdict(self, ablation: str, task: str, level: Level, baseline: Level | None = None) -> str:
+        """Which way a difference fell, in words."""
+        found = self.against(ablation, task, baseline).table.set_index("arm").loc[_name(level), "verdict"]
+        for said, words in VERDICTS.items():
+            if found.startswith(said):
+                return words
+        return "not told apart"
 
     def interaction(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> pd.Series:
         """How much more the second row gains from the second column than the first row does, with a 95% interval.

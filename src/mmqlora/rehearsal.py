@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
 from peft.tuners.lora import dora, variants
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -30,6 +35,7 @@ from .ledger import Ledger
 __all__ = ["OPTIMIZERS", "hollow", "rehearse"]
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 WHOLE = (torch.bool, torch.int32, torch.int64)  # token ids, masks, positions; packed weights are uint8
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 FALSE = {aten.eq.Scalar, aten.eq.Tensor, aten.isinf.default, aten.isnan.default}
@@ -58,7 +64,7 @@ def hollow(model: nn.Module) -> FakeTensorMode:
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            new = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+            new = FakeTensor(mode, tensor.detach().to("meta"), CPU)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 if hasattr(tensor, "quant_state"):
@@ -163,6 +169,48 @@ def tower(model: nn.Module) -> Callable[..., Any]:
     return call
 
 
+def _attention(query: torch.Tensor, *_: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
+    """What the CPU's kernel of attention gives: values, and log-sums for the backward pass; (B, H, T, D) queries."""
+    batch, heads, time, _ = query.shape
+    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.empty_like(query), torch.empty((batch, time, heads), dtype=kind, device="meta").transpose(1, 2)
+
+
+def _attention_backward(_: torch.Tensor, *inputs: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
+    """The gradients of queries, keys and values, as that kernel leaves them in memory."""
+    return tuple(
+        torch.empty((batch, time, heads, width), dtype=like.dtype, device="meta").transpose(1, 2)
+        for like in inputs[:3]
+        for batch, heads, time, width in [like.shape]
+    )
+
+
+# Most of what is called, and what its results look like: known from shapes and strides, so that a meta tensor's own
+# code can say it, several times quicker than FakeTensorMode, which looks for what may be special about an operation.
+QUICK: dict[Any, Callable[..., Any]] = {
+    **{
+        operation: operation
+        for operation in (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.detach.default,
+            aten.transpose.int,
+            aten.permute.default,
+            aten.slice.Tensor,
+            aten.select.int,
+            aten.t.default,
+            aten.unsqueeze.default,
+            aten.expand.default,
+            aten.split_with_sizes.default,
+            aten.cat.default,
+            aten.mm.default,
+        )
+    },
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+}
+
+
 class _Numbers(TorchDispatchMode):
     """Keeps whole numbers real, so that a model can look at its token ids, masks and grids.
 
@@ -170,12 +218,25 @@ class _Numbers(TorchDispatchMode):
     the most that there could be to do; two of their numbers are never equal, and none is infinite.
     """
 
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def _quickly(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        with in_kernel_invocation_manager(self.mode):
+            made = operation(*args, **kwargs)
+        if isinstance(made, torch.Tensor):
+            return FakeTensor(self.mode, made, CPU)
+        return type(made)(FakeTensor(self.mode, part, CPU) for part in made)
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args)
         if tensors and not any(type(tensor) is FakeTensor or isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():
                 return operation(*args, **kwargs)
+        if operation in QUICK and all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return self._quickly(QUICK[operation], args, kwargs)
         if operation is aten._local_scalar_dense.default:
             return 1.0
         if operation is aten.rand.default and not args[0]:  # whether to drop a layer: it stays
@@ -271,7 +332,7 @@ def _without_numbers(mode: FakeTensorMode, cuda_autocast: bool = False) -> Itera
         if cuda_autocast:
             stack.enter_context(_cuda_autocast())
         stack.enter_context(mode)
-        stack.enter_context(_Numbers())
+        stack.enter_context(_Numbers(mode))
         yield
 
 
@@ -283,7 +344,7 @@ def _medium(value: Any, mode: FakeTensorMode) -> Any:
     """Frames and sounds without their numbers. What is small, such as seconds per frame, may be looked at."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
         return value
-    return FakeTensor(mode, value.detach().to("meta"), torch.device("cpu"))
+    return FakeTensor(mode, value.detach().to("meta"), CPU)
 
 
 def _step(trained: list[nn.Parameter], optimizer: str, cuda: bool, ledger: Ledger) -> tuple[int, Any]:
