@@ -41,11 +41,11 @@ from transformers import set_seed
 from experiments import baselines, ranks, selection, temporal, temporal_speech, tuning
 from experiments import first_qlora_run as speech
 from experiments.baselines import MAIN, SEEDS, best_rate
+from experiments.runs import run_on
 from mmqlora import benchmark, methods, quantization
 from mmqlora.grids import run_grid
 from mmqlora.records import read_records, run_id
 from mmqlora.regions import REGIONS, regions
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 NAME = "ablations"
@@ -191,21 +191,11 @@ def run(config: Config, seed: int) -> dict[str, Any]:
     train, judge = task.train(seed), task.judge(bool(validation))
     torch.manual_seed(seed)
     model, error = build(config, seed)
-    return fine_tune(
-        model,
-        train,
-        lambda trained: {**judge(trained), "weight_error": error},
-        collate=task.collate,
-        seed=seed,
-        steps=config.get("steps", task.steps),
-        batch_size=task.batch_size,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        progress=False,
-        experiment=NAME,
-        config=config,
-        data=train.fingerprint(),
-    )
+
+    def judged(trained: nn.Module) -> dict[str, Any]:
+        return {**judge(trained), "weight_error": error}
+
+    return run_on(task, model, train, judged, experiment=NAME, config=config, seed=seed)
 
 
 def _renamed(record: dict[str, Any], config: Config, seed: int) -> dict[str, Any]:

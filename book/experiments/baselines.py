@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from experiments import tuning
+from experiments.runs import run_on
 from mmqlora import benchmark, methods
 from mmqlora.errors import MMQLoRAError
 from mmqlora.grids import run_grid
 from mmqlora.records import make_record
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 MAIN = ("video/palette", "audio/timbre", "retrieval/palette")
@@ -79,25 +79,14 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
         steps=steps if config["method"] == "adalora" else None,
     )
     validation = config.get("validation", False)
-    about = {"experiment": "baselines", "config": config, "data": train.fingerprint()}
+    about = {"experiment": "baselines", "config": config}
     if config["method"] == "none":
         metrics = task.judge(validation)(model)
         items = metrics.pop("items")
-        return make_record("baselines", config, seed, data=about["data"], measured={"metrics": metrics, "items": items})
-    return fine_tune(
-        model,
-        train,
-        task.judge(validation) if config.get("judged", True) else None,
-        collate=task.collate,
-        seed=seed,
-        steps=steps,
-        batch_size=task.batch_size,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        callbacks=methods.callbacks(model),
-        progress=False,
-        **about,
-    )
+        measured = {"metrics": metrics, "items": items}
+        return make_record(**about, seed=seed, data=train.fingerprint(), measured=measured)
+    judge = task.judge(validation) if config.get("judged", True) else None
+    return run_on(task, model, train, judge, **about, seed=seed, callbacks=methods.callbacks(model))
 
 
 def arms(task: str) -> list[tuple[str, int]]:

@@ -24,12 +24,12 @@ from torch import nn
 
 from experiments import tuning
 from experiments.baselines import score
+from experiments.runs import run_on
 from mmqlora import benchmark, methods
 from mmqlora.calibration import Calibration, calibrate
 from mmqlora.grids import run_grid
 from mmqlora.ranks import Budget, Ranks, allocate_ranks
 from mmqlora.records import read_records
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 # What a shift touches: vision or audio alone, text alone, both, nothing.
@@ -150,22 +150,12 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     steps = config.get("steps", task.steps)
     model, shares = build(config, task.load, first(train, task.collate), seed, steps)
     judge = task.judge(config.get("validation", False))
-    return fine_tune(
-        model,
-        train,
-        lambda trained: {**judge(trained), **shares},
-        collate=task.collate,
-        seed=seed,
-        steps=steps,
-        batch_size=task.batch_size,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        callbacks=methods.callbacks(model),
-        progress=False,
-        experiment="ranks",
-        config=config,
-        data=train.fingerprint(),
-    )
+
+    def judged(trained: nn.Module) -> dict[str, Any]:
+        return {**judge(trained), **shares}
+
+    about = {"experiment": "ranks", "config": config, "seed": seed}
+    return run_on(task, model, train, judged, **about, callbacks=methods.callbacks(model))
 
 
 def arms_of(model: str) -> list[str]:

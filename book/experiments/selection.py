@@ -33,6 +33,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from experiments import tuning
+from experiments.runs import run_on
 from mmqlora import benchmark
 from mmqlora.datasets.worlds import FRAME_RATE, PACES, Item, World
 from mmqlora.features import Features, thumbnail_features
@@ -41,7 +42,6 @@ from mmqlora.noise import QuantizationNoise, encoder_features, quantization_nois
 from mmqlora.records import make_record
 from mmqlora.selection import SELECTORS, Noise, independent, select_frames
 from mmqlora.spans import select_segments
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 SEEDS = range(1, 7)
@@ -365,21 +365,11 @@ def trained(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
     torch.manual_seed(seed)
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
-    return fine_tune(
-        get_peft_model(benchmark.task("video/none").load("nf4"), LoraConfig(**settings)),
-        train,
-        judge,
-        collate=benchmark.READERS["video"].collate,
-        seed=seed,
-        steps=3 * STEPS if method == LONGER else STEPS,
-        batch_size=BATCH,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        progress=False,
-        experiment="selection_trained",
-        config=config,
-        data=train.world.fingerprint(),
-    )
+    task = benchmark.task("video/none")
+    model = get_peft_model(task.load("nf4"), LoraConfig(**settings))
+    about = {"experiment": "selection_trained", "config": config, "seed": seed}
+    sizes = {"steps": 3 * STEPS if method == LONGER else STEPS, "batch_size": BATCH}
+    return run_on(task, model, train, judge, **about, **sizes)
 
 
 def score(found: Any) -> float:

@@ -24,11 +24,11 @@ from peft import LoraConfig, get_peft_model
 
 from experiments import tuning
 from experiments.baselines import score
+from experiments.runs import run_on
 from mmqlora import benchmark
 from mmqlora.gates import TemporalLoraConfig, timekeeper
 from mmqlora.grids import run_grid
 from mmqlora.timeline import Placement, Stream
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 # Where it matters when something is, and where it does not.
@@ -116,21 +116,8 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     train = task.train(seed)
     torch.manual_seed(seed)
     with mean_of(config["arm"]):
-        return fine_tune(
-            build(task, config["arm"]),
-            train,
-            task.judge(config.get("validation", False)),
-            collate=task.collate,
-            seed=seed,
-            steps=config.get("steps", task.steps),
-            batch_size=task.batch_size,
-            learning_rate=config["learning_rate"],
-            bf16=False,
-            progress=False,
-            experiment="temporal",
-            config=config,
-            data=train.fingerprint(),
-        )
+        judge, about = task.judge(config.get("validation", False)), {"experiment": "temporal", "config": config}
+        return run_on(task, build(task, config["arm"]), train, judge, seed=seed, **about)
 
 
 def rates() -> dict[tuple[str, str], float]:

@@ -30,13 +30,13 @@ from torch import nn
 
 from experiments import ranks, selection, temporal, tuning
 from experiments.baselines import score
+from experiments.runs import run_on
 from mmqlora import benchmark
 from mmqlora.datasets.worlds import Item, World
 from mmqlora.gates import TemporalLoraConfig
 from mmqlora.grids import run_grid
 from mmqlora.records import read_records
 from mmqlora.selection import select_frames
-from mmqlora.training import fine_tune
 
 RECORDS = Path(__file__).parent.parent / "records"
 TASK = "retrieval/palette+flashes"
@@ -104,21 +104,12 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     first = selection.CALIBRATION if config.get("validation") else selection.TEST
     tests = list(world(first, config.get("tests", TESTS)))
     tests = selection.with_frames(tests, [choose(item) for item in tests])
-    return fine_tune(
-        build(parts, train, seed),
-        train,
-        lambda model: benchmark.evaluate(model, Clips.reader, tests),
-        collate=task.collate,
-        seed=seed,
-        steps=config.get("steps", task.steps),
-        batch_size=task.batch_size,
-        learning_rate=config["learning_rate"],
-        bf16=False,
-        progress=False,
-        experiment="together",
-        config=config,
-        data=train.world.fingerprint(),
-    )
+
+    def judge(model: nn.Module) -> dict[str, Any]:
+        return benchmark.evaluate(model, Clips.reader, tests)
+
+    about = {"experiment": "together", "config": config, "seed": seed}
+    return run_on(task, build(parts, train, seed), train, judge, **about)
 
 
 def rates() -> dict[str, float]:
