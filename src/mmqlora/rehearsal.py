@@ -235,7 +235,7 @@ class _Numbers(TorchDispatchMode):
         if tensors and not any(type(tensor) is FakeTensor or isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():
                 return operation(*args, **kwargs)
-        if operation in QUICK and all(isinstance(tensor, FakeTensor) for tensor in tensors):
+        if operation in QUICK and all(isinstance(one, FakeTensor) and one.dtype not in WHOLE for one in tensors):
             return self._quickly(QUICK[operation], args, kwargs)
         if operation is aten._local_scalar_dense.default:
             return 1.0
