@@ -202,6 +202,7 @@ def test_effects_are_those_that_were_put_in(results):
     lessons = results.lessons()
     assert len(lessons) == 5 and lessons[2].startswith("**The text decoder alone against all regions: worse.** -")
     assert lessons[2].count(" points (") == 3
+    assert re.match(r"What moves the score: .*the text decoder alone against all regions \(-", results.answer())
     rows = results.summary()
     assert len(rows) == len(PLACES) and (rows["range"] >= 0).all()
 

@@ -48,6 +48,7 @@ VERDICTS = {
     "worse": "worse",
     "equivalent": f"equal within {100 * MARGIN:g} points",
 }
+UNRESOLVED = "not told apart"
 
 
 class Results:
@@ -177,7 +178,22 @@ class Results:
 
     def lessons(self) -> list[str]:
         """The five lessons, each with its intervals, of what is measured to the end; shorter while that is little."""
-        said = []
+        said = [f"**{words}: {way}.** {effects}." for words, way, effects in self._told()]
+        return said or ["Nothing is measured to the end."]
+
+    def answer(self) -> str:
+        """The lessons in a sentence: what moves the score, and what does not."""
+        groups: dict[str, list[str]] = {"moves the score": [], "hardly moves it": [], "is not told apart": []}
+        for words, way, effects in self._told():
+            equal, unknown = "points" in way, way == UNRESOLVED
+            name = list(groups)[2 if unknown else int(equal)]
+            groups[name].append(f"{words[0].lower() + words[1:]} ({effects})")
+        said = [f"what {name}: {', '.join(own)}" for name, own in groups.items() if own]
+        return f"{said[0][0].upper()}{'; '.join(said)[1:]}." if said else "Nothing is measured to the end."
+
+    def _told(self) -> list[tuple[str, str, str]]:
+        """Each lesson that is measured to the end: what it is about, which way it fell, and its intervals."""
+        told = []
         for words, ablation, level, baseline in LESSONS:
             tasks = [
                 task
@@ -188,8 +204,8 @@ class Results:
                 fell = {self.verdict(ablation, task, level, baseline) for task in tasks}
                 way = fell.pop() if len(fell) == 1 else "it depends on the task"
                 effects = [f"{self.effect(ablation, task, level, baseline)} on *{task}*" for task in tasks]
-                said.append(f"**{words}: {way}.** {', '.join(effects)}.")
-        return said or ["Nothing is measured to the end."]
+                told.append((words, way, ", ".join(effects)))
+        return told
 
     def verdict(self, ablation: str, task: str, level: Level, baseline: Level | None = None) -> str:
         """Which way a difference fell, in words."""
@@ -197,7 +213,7 @@ class Results:
         for said, words in VERDICTS.items():
             if found.startswith(said):
                 return words
-        return "not told apart"
+        return UNRESOLVED
 
     def interaction(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> pd.Series:
         """How much more the second row gains from the second column than the first row does, with a 95% interval.

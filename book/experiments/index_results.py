@@ -72,16 +72,17 @@ class Results:
             self.gates.append(Point(name, _trained(own), own, "reciprocal_rank", kind == "gate from both"))
 
     def answer(self) -> str:
-        """What each idea brings, in a few sentences."""
+        """What each idea brings, in two sentences, and what to know about them."""
         (full, _, small), (every, trained) = self.memory, (self.parameters[0].cost, self.parameters[-1].cost)
         whole, chosen = self.frames[0], self.frames[2]
         plain, gates = self.gates[0], self.gates[-1]
         return (
-            f"Adapters on a base in four bits train {trained / every:.0%} of the weights, a step of them takes "
-            f"{small.cost / full.cost:.0%} of the bytes, and they end {_points(small, full)} full fine-tuning in 16 "
-            f"bits (*{TASK}*). A quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as "
+            f"Adapters on a base in four bits train {trained / every:.0%} of the weights, with "
+            f"{small.cost / full.cost:.0%} of a step's bytes, and end {_points(small, full)} full fine-tuning in 16 "
+            f"bits (*{TASK}*); a quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as "
             f"many steps. Gates that know when something happens add {gates.cost / plain.cost - 1:.1%} of an adapter's "
-            f"parameters and end {_points(gates, plain)} it where timing matters."
+            f"parameters and end {_points(gates, plain)} it where timing matters.\n\nThe models are small; intervals "
+            "are of 95%, and every seed is shown below."
         )
 
     def plot(self) -> Figure:

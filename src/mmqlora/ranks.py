@@ -349,7 +349,7 @@ def allocate_ranks(
             spent = _bytes(ranks, rows, budget, calibration)
         return Ranks(ranks, rows, method, budget, spent, bought, curve, notes, calibration)
 
-    return choose(budget) if budget.gpu is None else _fill(model, first[0], budget, choose)
+    return choose(budget) if budget.gpu is None else _for_gpu(model, first[0], budget, choose)
 
 
 # What a rank is worth
@@ -631,7 +631,7 @@ def _bytes(ranks: Mapping[str, int], rows: Sequence[Row], budget: Budget, calibr
     return float(parameters * OPTIMIZER_BYTES[budget.optimizer] + kept.sum())
 
 
-def _fill(model: nn.Module, batch: Mapping[str, Any], budget: Budget, choose: Callable[[Budget], Ranks]) -> Ranks:
+def _for_gpu(model: nn.Module, batch: Mapping[str, Any], budget: Budget, choose: Callable[[Budget], Ranks]) -> Ranks:
     """Ranks with which a step fits a card: a budget in bytes, less what `plan` says is too much, until it does."""
     import bitsandbytes as bnb
 

@@ -134,6 +134,20 @@ def test_internal_links_lead_somewhere(browser: Browser, server: str, name: str)
             assert re.search(rf'(id|name)="{re.escape(unquote(link.fragment))}"', target.read_text()), link.geturl()
 
 
+@pytest.mark.parametrize("name", [name for name in PAGES if (ROOT / f"{name}.ipynb").exists()])
+def test_a_chapter_opens_with_its_question_and_an_answer_in_two_sentences(
+    browser: Browser, server: str, name: str
+) -> None:
+    page = browser.new_page()
+    visit(page, f"{server}/{name}.html")
+    opening = page.eval_on_selector_all("article p", "all => all.map((e) => e.innerText)")
+    page.close()
+    assert any(text.startswith("The question.") for text in opening[:3])
+    answer = next(text for text in opening if text.startswith("The answer"))
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", answer.partition(".")[2].strip())
+    assert len(sentences) <= 2, answer
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_folded_unfolds(browser: Browser, server: str, name: str) -> None:
     page = browser.new_page(viewport=PHONE)
