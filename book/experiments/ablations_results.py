@@ -154,10 +154,13 @@ class Results:
             if worst != standard:
                 words += f", {worst} worst with {self.effect(ablation, task, tuple(worst.split(', ')))}"
             equal = int(table["verdict"].str.contains("equivalent").sum())
-            words += (
-                f"; of {len(table)} levels beside {standard}, {len(clear)} differ from it and {equal} are shown to be "
-                f"equal within {100 * MARGIN:g} points"
-            )
+            shown = f"shown to be equal within {100 * MARGIN:g} points"
+            if equal == len(table):
+                words += f"; all of them are {shown}"
+            else:
+                words += (
+                    f"; of {len(table)} levels beside {standard}, {len(clear)} differ from it and {equal} are {shown}"
+                )
             said.append(words)
         rest = [task for task in ABLATIONS[ablation] if task not in self.measured(ablation)]
         if rest:
