@@ -73,7 +73,7 @@ def visit(page: Page, url: str) -> list[str]:
     page.on("request", own_host)
     page.goto(url, wait_until="networkidle")
     if page.locator(".math").count():
-        page.wait_for_function("window.MathJax && MathJax.startup.promise && MathJax.startup.promise.then(() => true)")
+        page.wait_for_function("window.MathJax?.startup?.promise?.then(() => true)")
     return wrong
 
 
