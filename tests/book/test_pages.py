@@ -101,8 +101,9 @@ CONTRAST = {"type": "rule", "values": ["color-contrast"]}
 def test_page_is_accessible(browser: Browser, server: str, name: str, theme: str, rules: dict) -> None:
     page = browser.new_page(viewport=DESK, color_scheme=theme)
     visit(page, f"{server}/{name}.html")
-    # What is folded has to be accessible too.
-    page.evaluate("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
+    # What is folded has to be accessible too; of the tables of runs, which are all made alike, one.
+    page.evaluate("document.querySelectorAll('details:not(.runs)').forEach((element) => { element.open = true; })")
+    page.evaluate("document.querySelectorAll('details.runs').forEach((element, n) => { element.open = n === 0; })")
     results = Axe().run(page, options={"runOnly": rules, "resultTypes": ["violations"]})
     page.close()
     assert not results.violations_count, results.generate_report()
