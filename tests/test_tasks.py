@@ -137,13 +137,13 @@ def test_a_video_is_as_similar_to_a_text_as_its_frames_are_on_average(clips):
     task = Retrieval(processor, frames=3)
     test = clips["video"]
     result = evaluate(model, task, test, progress=False)
-    assert len(set(result.items["media_to_text_rank"])) > 1  # or a text would be like any other
     frames = torch.cat([task.ask(clip)["pixel_values"] for clip in test.clips])
     tokens = task._tokens(test.queries)
     with torch.no_grad():
         outputs = model(pixel_values=frames, **tokens)
         scale = model.logit_scale.exp()
     cosines = (outputs.logits_per_text / scale).view(len(test.queries), len(test), 3).mean(2)
+    assert cosines.std(0).min() > 1e-4  # texts differ by more than rounding, or ranks would be noise
     ranks = retrieval_ranks(cosines.numpy(), test.answers)
     assert result.items["text_to_media_rank"] == ranks.text_to_media.tolist()
     assert result.items["media_to_text_rank"] == ranks.media_to_text.tolist()

@@ -77,7 +77,8 @@ def visit(page: Page, url: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("place, theme", [("http", "light"), ("file", "dark")])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("place", ["http", "file"])
 @pytest.mark.parametrize("name", PAGES + EXTRA)
 def test_page_loads_alone_and_fits_a_phone(browser: Browser, server: str, name: str, place: str, theme: str) -> None:
     page = browser.new_page(viewport=PHONE, color_scheme=theme)
