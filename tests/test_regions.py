@@ -439,6 +439,12 @@ def test_a_module_of_which_a_part_is_placed_is_not_swallowed_by_the_printed_over
     assert regions(model, printed).of("vision")[0].startswith("box.eye.")
 
 
+def test_a_linear_alone_has_no_region_until_it_is_given_one() -> None:
+    with pytest.raises(RegionError) as caught:
+        regions(nn.Linear(4, 4))
+    assert regions(nn.Linear(4, 4), follow_printed_override(caught.value)) == {"": "fusion"}
+
+
 def test_a_long_list_of_unknown_modules_is_cut() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({f"part{i}": nn.Linear(64, 64) for i in range(30)})

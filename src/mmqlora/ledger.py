@@ -86,6 +86,10 @@ class Ledger(TorchDispatchMode):
         while self._hooks:
             self._hooks.pop().remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each call goes through a wrapper that is slower than what is done here
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         if operation is DEVICE:  # asked for several times an operation
@@ -116,6 +120,12 @@ class Ledger(TorchDispatchMode):
             self._living[key] = (weakref.ref(storage, partial(self._forget, key)), self._made, size, place)
             self.events.append((self._made, size))
             self._add(place, size)
+
+    def hold(self, size: int, kind: str, region: str) -> None:
+        """Count bytes that are not in a tensor here, and stay."""
+        self._made += 1
+        self.events.append((self._made, size))
+        self._add((kind, region), size)
 
     def restart(self) -> tuple[int, dict[Place, int]]:
         """Return the peak and what lived then, and look for the next from here on."""

@@ -402,7 +402,7 @@ def _unplaced(model: nn.Module, placed: Mapping[str, str | None], limit: int = 1
     groups: dict[str, list[str]] = {}
     for name, region in placed.items():
         if region is None:
-            groups.setdefault(next(p for p in _prefixes(name) if p not in taken), []).append(name)
+            groups.setdefault(next((p for p in _prefixes(name) if p not in taken), name), []).append(name)
     lines, overrides = [], []
     for prefix, names in list(groups.items())[:limit]:
         lines.append(f"    {prefix}  ({len(names)}, such as {names[0]})")

@@ -173,7 +173,7 @@ def _attention(query: torch.Tensor, *_: Any, **settings: Any) -> tuple[torch.Ten
     """What the CPU's kernel of attention gives: values, and log-sums for the backward pass; (B, H, T, D) queries."""
     batch, heads, time, _ = query.shape
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.empty_like(query), torch.empty((batch, time, heads), dtype=kind, device="meta").transpose(1, 2)
+    return _like(query), torch.empty((batch, time, heads), dtype=kind, device="meta").transpose(1, 2)
 
 
 def _attention_backward(_: torch.Tensor, *inputs: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
@@ -183,6 +183,50 @@ def _attention_backward(_: torch.Tensor, *inputs: Any, **settings: Any) -> tuple
         for like in inputs[:3]
         for batch, heads, time, width in [like.shape]
     )
+
+
+def _gemm(inputs: torch.Tensor, _: torch.Tensor, shape: list[int], *args: Any, **settings: Any) -> torch.Tensor:
+    """What a Linear with a 4-bit weight of this shape gives."""
+    return inputs.new_empty((*inputs.shape[:-1], shape[0]))
+
+
+def _like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What empty_like gives, which takes ten times as long."""
+    if tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+    return torch.empty_like(tensor, dtype=dtype)
+
+
+def _elementwise(operation: Any) -> Callable[..., torch.Tensor]:
+    """An operation of two tensors, of which the second is often a number, or broadcast to the first."""
+
+    def run(one: Any, other: Any, **settings: Any) -> torch.Tensor:
+        if isinstance(one, torch.Tensor) and one.is_contiguous() and one.is_floating_point():
+            if isinstance(other, (int, float)):
+                return _like(one)
+            if other.dtype == one.dtype and other.shape == one.shape[one.ndim - other.ndim :]:
+                return _like(one)
+        return operation(one, other, **settings)
+
+    return run
+
+
+def _copied(tensor: torch.Tensor, **settings: Any) -> Any:
+    return _like(tensor, **settings) if set(settings) == {"dtype"} else NotImplemented
+
+
+def _cat(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    shape, kind = list(parts[0].shape), parts[0].dtype
+    if not all(part.is_contiguous() and part.ndim == len(shape) and part.dtype == kind for part in parts):
+        return aten.cat.default(parts, dim)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.empty(shape, dtype=kind, device="meta")
+
+
+def _dequantized(
+    packed: torch.Tensor, scales: Any, block: int, kind: str, shape: list[int], dtype: Any
+) -> torch.Tensor:
+    return packed.new_empty(shape, dtype=dtype)
 
 
 # Most of what is called, and what its results look like: known from shapes and strides, so that a meta tensor's own
@@ -202,12 +246,16 @@ QUICK: dict[Any, Callable[..., Any]] = {
             aten.unsqueeze.default,
             aten.expand.default,
             aten.split_with_sizes.default,
-            aten.cat.default,
             aten.mm.default,
         )
     },
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+    **{operation: _elementwise(operation) for operation in (aten.add.Tensor, aten.mul.Tensor)},
+    aten._to_copy.default: _copied,
+    aten.cat.default: _cat,
+    torch.ops.bitsandbytes.gemm_4bit.default: _gemm,
+    torch.ops.bitsandbytes.dequantize_4bit.default: _dequantized,
 }
 
 
@@ -221,13 +269,26 @@ class _Numbers(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self.mode = mode
+        self._same = vars(FakeTensor(mode, torch.empty(0, device="meta"), CPU))  # in all tensors of a mode
+
+    def _fake(self, made: torch.Tensor) -> torch.Tensor:
+        """What FakeTensor(mode, made, CPU) is, which takes five times as long to look at its arguments."""
+        new = torch.Tensor._make_subclass(
+            FakeTensor, made, made.requires_grad, dispatch_device=True, device_for_backend_keys=CPU
+        )
+        new.__dict__.update(self._same)
+        return new
 
     def _quickly(self, operation: Any, args: Any, kwargs: Any) -> Any:
         with in_kernel_invocation_manager(self.mode):
             made = operation(*args, **kwargs)
         if isinstance(made, torch.Tensor):
-            return FakeTensor(self.mode, made, CPU)
-        return type(made)(FakeTensor(self.mode, part, CPU) for part in made)
+            return self._fake(made)
+        return made if made is NotImplemented else type(made)(map(self._fake, made))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -235,8 +296,12 @@ class _Numbers(TorchDispatchMode):
         if tensors and not any(type(tensor) is FakeTensor or isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():
                 return operation(*args, **kwargs)
-        if operation in QUICK and all(isinstance(one, FakeTensor) and one.dtype not in WHOLE for one in tensors):
-            return self._quickly(QUICK[operation], args, kwargs)
+        if operation in QUICK and all(
+            (isinstance(one, FakeTensor) or one.is_meta) and one.dtype not in WHOLE for one in tensors
+        ):
+            made = self._quickly(QUICK[operation], args, kwargs)
+            if made is not NotImplemented:
+                return made
         if operation is aten._local_scalar_dense.default:
             return 1.0
         if operation is aten.rand.default and not args[0]:  # whether to drop a layer: it stays
@@ -361,16 +426,12 @@ def _step(trained: list[nn.Parameter], optimizer: str, cuda: bool, ledger: Ledge
         ledger.restart()
         at_once.step()
         return states, at_once
-    states = []
     for parameter in trained:
         size = parameter.numel()
         if optimizer.startswith("paged") and size >= PAGED_FROM:
             ledger.paged += 2 * size + 8 * math.ceil(size / 256) if "8bit" in optimizer else 8 * size
-        elif "8bit" in optimizer and size >= EIGHT_BITS_FROM:
-            states += [parameter.new_empty(size, dtype=torch.uint8) for _ in range(2)]
-            states += [parameter.new_empty(math.ceil(size / 256), dtype=torch.float32) for _ in range(2)]
-        else:
-            states += [parameter.new_empty(size, dtype=torch.float32) for _ in range(2)]
-    for state in states:
-        ledger.count(state, "optimizer", "shared")
-    return ledger.total - before, states
+            continue
+        eight = "8bit" in optimizer and size >= EIGHT_BITS_FROM
+        for bytes_ in 2 * ([size, 4 * math.ceil(size / 256)] if eight else [4 * size]):
+            ledger.hold(bytes_, "optimizer", "shared")
+    return ledger.total - before, None
