@@ -172,6 +172,9 @@ def made_up(config, seed):
     score = 0.7 + 0.02 * np.log2(config.get("rank", 8)) + 0.01 * seed
     score -= 0.05 * (config.get("placement") == "text") + 0.04 * (config.get("weights") == "hqq 2")
     score += 0.03 * (config.get("placement") == "text") * (config.get("rank") == 32)
+    score += {("full", -1): 0.06, ("lora", -1): -0.1, ("rslora", 1): -0.3}.get(
+        (config.get("method"), config.get("step")), 0
+    )
     items = np.clip(score + 0.05 * rng.standard_normal(50), 0, 1)
     name = ablations.primary(config["task"])
     return {
@@ -203,6 +206,10 @@ def test_effects_are_those_that_were_put_in(results):
     assert len(lessons) == 5 and lessons[2].startswith("**The text decoder alone against all regions: worse.** -")
     assert lessons[2].count(" points (") == 3
     assert re.match(r"What moves the score: .*the text decoder alone against all regions \(-", results.answer())
+    rates = results.rates(ablations.CROSSED)
+    assert re.search(r"below the rate that was chosen costs up to 1\d\.\d points \(lora\)", rates)
+    assert re.search(r"above up to (29|3\d)\.\d points \(rslora\)", rates)
+    assert "for full, a rate half a decade lower is better, by +" in rates and rates.count("is better") == 1
     rows = results.summary()
     assert len(rows) == len(PLACES) and (rows["range"] >= 0).all()
 

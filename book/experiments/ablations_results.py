@@ -136,8 +136,7 @@ class Results:
     def effect(self, ablation: str, task: str, level: Level, baseline: Level | None = None) -> str:
         """A level minus the center, in points with its interval, in words."""
         table = self.against(ablation, task, baseline).table.set_index("arm")
-        row = 100 * table.loc[_name(level), ["difference", "low", "high"]].astype(float)
-        return f"{row.difference:+.1f} points ({row.low:+.1f} to {row.high:+.1f})"
+        return _points(table.loc[_name(level)])
 
     def takeaway(self, ablation: str) -> str:
         """What is to be taken away from an ablation, of the tasks that are measured to the end."""
@@ -166,6 +165,46 @@ class Results:
         if rest:
             said.append("not measured to the end yet: " + ", ".join(f"*{task}*" for task in rest))
         return "**To take away.** " + " ".join(words[0].upper() + words[1:] + "." for words in said)
+
+    def rates(self, task: str) -> str:
+        """What to be taken away from the rates around the one that was chosen."""
+        if task not in self.measured("learning rate"):
+            return f"**To take away.** Not measured to the end yet: *{task}*."
+        found = self._around(task)
+        said = {}
+        for step in ("lower", "higher"):
+            method = min((own for own, other in found if other == step), key=lambda m: found[m, step]["difference"])
+            said[step] = f"{-100 * found[method, step]['difference']:.1f} points ({method})"
+        return (
+            f"**To take away.** On *{task}*, half a decade below the rate that was chosen costs up to {said['lower']}, "
+            f"half a decade above up to {said['higher']}. {self.missed(task)}"
+        )
+
+    def missed(self, task: str) -> str:
+        """Where all seeds say that another rate than the one chosen on the seed of tuning is better."""
+        if task not in self.measured("learning rate"):
+            return ""
+        better = [
+            f"for {method}, a rate half a decade {step} is better, by {_points(row)}"
+            for (method, step), row in self._around(task).items()
+            if row["low"] > 0
+        ]
+        said = "; ".join(better) or "no other rate that was tried is better"
+        return f"Rates are chosen on one seed, and {len(SEEDS)} others say on *{task}*: {said}."
+
+    def _around(self, task: str) -> dict[Level, pd.Series]:
+        """The rates below and above the chosen one against it, by method and step."""
+        found = {}
+        for method in dict.fromkeys(level[0] for level in self.of("learning rate", task)):
+            runs = [
+                {**run, "config": {"step": level[1]}}
+                for level, own in self.of("learning rate", task).items()
+                if level[0] == method
+                for run in own
+            ]
+            table = compare(runs, "best", by="config.step", metric=primary(task), margin=MARGIN).table
+            found |= {(method, row["arm"]): row for _, row in table.iterrows()}
+        return found
 
     def crossed(self, ablation: str, task: str, rows: tuple[str, str], columns: tuple[str, str]) -> str:
         """The interaction of two pairs of levels, in words."""
@@ -347,6 +386,12 @@ def _found(config: Config, seed: int) -> dict[str, Any] | None:
 
 def _name(level: Level) -> str:
     return ", ".join(level)
+
+
+def _points(row: pd.Series) -> str:
+    """A difference in points with its interval, in words."""
+    points = 100 * row[["difference", "low", "high"]].astype(float)
+    return f"{points.difference:+.1f} points ({points.low:+.1f} to {points.high:+.1f})"
 
 
 def _factors(ablation: str, found: dict[Level, Any]) -> tuple[list[str], list[str]]:
