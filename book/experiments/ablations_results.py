@@ -39,7 +39,7 @@ LESSONS: tuple[tuple[str, str, Level, Level | None], ...] = (
     ("Rank 32 against rank 8, each at its learning rate", "rank", ("32",), None),
     ("The text decoder alone against all regions", "placement", ("text",), None),
     ("One frame in sixteen against one in four", "selection budget", ("segments", "1/16"), None),
-    ("LoRA's learning rate half a decade too low", "learning rate", ("lora", "lower"), None),
+    ("A learning rate half a decade too low", "learning rate", ("lora", "lower"), None),
 )
 VERDICTS = {
     "better, equivalent": f"better, by less than {100 * MARGIN:g} points",
@@ -139,32 +139,30 @@ class Results:
         return _points(table.loc[_name(level)])
 
     def takeaway(self, ablation: str) -> str:
-        """What is to be taken away from an ablation, of the tasks that are measured to the end."""
+        """What is to be taken away from an ablation: a sentence for each task that is measured to the end."""
+        said = [self._compared(ablation, task) for task in self.measured(ablation)]
+        if rest := [task for task in ABLATIONS[ablation] if task not in self.measured(ablation)]:
+            said.append("Not measured to the end yet: " + ", ".join(f"*{task}*" for task in rest) + ".")
+        return "**To take away.** " + " ".join(said)
+
+    def _compared(self, ablation: str, task: str) -> str:
+        """The levels by how they fell against the center, each group with its furthest."""
+        table = self.against(ablation, task).table
+        equal = f"equal within {100 * MARGIN:g} points"
+        groups: dict[str, list[pd.Series]] = {"better": [], "worse": [], equal: [], UNRESOLVED: []}
+        for _, row in table.iterrows():
+            kind = equal if "equivalent" in row["verdict"] else row["verdict"]
+            groups[kind if kind in groups else UNRESOLVED].append(row)
         said = []
-        for task in self.measured(ablation):
-            table = self.against(ablation, task).table.set_index("arm")
-            standard = _name(center(ablation, task))
-            means = {**table["mean"], standard: table["baseline_mean"].iloc[0]}
-            best, worst = max(means, key=means.get), min(means, key=means.get)
-            clear = [arm for arm in table.index if table.loc[arm, "verdict"].startswith(("better", "worse"))]
-            words = f"on *{task}*, {best} is best"
-            if best != standard:
-                words += f" with {self.effect(ablation, task, tuple(best.split(', ')))} over {standard}"
-            if worst != standard:
-                words += f", {worst} worst with {self.effect(ablation, task, tuple(worst.split(', ')))}"
-            equal = int(table["verdict"].str.contains("equivalent").sum())
-            shown = f"shown to be equal within {100 * MARGIN:g} points"
-            if equal == len(table):
-                words += f"; all of them are {shown}"
-            else:
-                words += (
-                    f"; of {len(table)} levels beside {standard}, {len(clear)} differ from it and {equal} are {shown}"
-                )
-            said.append(words)
-        rest = [task for task in ABLATIONS[ablation] if task not in self.measured(ablation)]
-        if rest:
-            said.append("not measured to the end yet: " + ", ".join(f"*{task}*" for task in rest))
-        return "**To take away.** " + " ".join(words[0].upper() + words[1:] + "." for words in said)
+        for kind, rows in groups.items():
+            if rows:
+                furthest = max(rows, key=lambda row: abs(row["difference"]))
+                names = [row["arm"].replace(", ", " ") for row in rows]
+                listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+                most = f"are {kind}, {furthest['arm'].replace(', ', ' ')} furthest" if len(rows) > 1 else f"is {kind}"
+                said.append(f"{listed} {most} with {_points(furthest)}")
+        standard = _name(center(ablation, task)).replace(", ", " ")
+        return f"On *{task}*, against {standard}, {'; '.join(said)}."
 
     def rates(self, task: str) -> str:
         """What to be taken away from the rates around the one that was chosen."""
