@@ -49,6 +49,10 @@ def reserved(events: Iterable[tuple[int, int]], repeats: int = 1) -> int:
     def cut(start: int, end: int) -> None:
         after[start], before[end] = end, start
 
+    def take(small: bool, length: int, start: int) -> None:
+        free.discard(start)
+        del pools[small][bisect_left(pools[small], (length, start))]
+
     for _ in range(repeats):
         for number, size in events:
             if not size:
@@ -57,13 +61,11 @@ def reserved(events: Iterable[tuple[int, int]], repeats: int = 1) -> int:
                 start, small = held.pop(number)
                 end = after[start]
                 if (previous := before.get(start)) in free and start not in segment_ends:
-                    free.discard(previous)
-                    pools[small].remove((start - previous, previous))
+                    take(small, start - previous, previous)
                     del after[start], before[start]
                     start = previous
                 if end in free and end not in segment_ends:
-                    free.discard(end)
-                    pools[small].remove((after[end] - end, end))
+                    take(small, after[end] - end, end)
                     last = after.pop(end)
                     del before[end]
                     end = last
