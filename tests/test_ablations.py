@@ -201,8 +201,10 @@ def test_effects_are_those_that_were_put_in(results):
     assert found["seeds"] == 6 and found["low"] < found["difference"] < found["high"]
     assert found["difference"] == pytest.approx(0.03, abs=0.03)
     said = results.takeaway("placement")
-    assert re.search(r"On \*audio/timbre\*, against all, (.*; )?text is worse with -\d\.\d points \(-", said), said
-    assert "Not measured" not in said and said.count(", against all, ") == 3
+    assert re.search(
+        r"On \*audio/timbre\*, against the center \(all\): (.*; )?text is worse with -\d\.\d points \(-", said
+    ), said
+    assert "Not measured" not in said and said.count(", against the center (all): ") == 3
     lessons = results.lessons()
     assert len(lessons) == 5 and lessons[2].startswith("**The text decoder alone against all regions: worse.** -")
     assert lessons[2].count(" points (") == 3

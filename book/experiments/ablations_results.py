@@ -162,7 +162,7 @@ class Results:
                 most = f"are {kind}, {furthest['arm'].replace(', ', ' ')} furthest" if len(rows) > 1 else f"is {kind}"
                 said.append(f"{listed} {most} with {_points(furthest)}")
         standard = _name(center(ablation, task)).replace(", ", " ")
-        return f"On *{task}*, against {standard}, {'; '.join(said)}."
+        return f"On *{task}*, against the center ({standard}): {'; '.join(said)}."
 
     def rates(self, task: str) -> str:
         """What to be taken away from the rates around the one that was chosen."""
