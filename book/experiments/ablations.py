@@ -74,7 +74,7 @@ SELECTORS = ("segments", "uniform")
 PARTS = (2, 4, 8, 16)  # one frame in so many
 BATCHES = (1, 4, 16)  # of a calibration
 METHODS = ("full", "lora", "rslora", "adalora", "ia3")
-STEPS = {"lower": -1, "best": 0, "higher": 1}  # half decades from the rate that was chosen
+STEPS = {"lower": -1, "chosen": 0, "higher": 1}  # half decades from the rate that was chosen
 # Ablation -> its tasks.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "bits": (*MAIN, SPEECH),
@@ -167,7 +167,7 @@ def center(ablation: str, task: str) -> tuple[str, ...]:
         "gate signals": ("all",),
         "calibration size": (str(ranks.BATCHES),),
         "selection budget": (SELECTORS[0], f"1/{selection.PARTS[0]}"),
-        "learning rate": ("lora", "best"),
+        "learning rate": ("lora", "chosen"),
     }
     return named.get(ablation) or next(name for name, own in levels(ablation, task).items() if own == cell(task))
 
@@ -294,7 +294,7 @@ def twin(config: Config) -> tuple[str, Config] | None:
         part = {"part": rest["part"]} if rest["part"] in selection.PARTS[1:] else {}
         return f"selection{kind or '_trained'}", {"method": rest["selector"], **own, **part}
     if "method" in rest:
-        if rest["step"] != STEPS["best"]:
+        if rest["step"] != STEPS["chosen"]:
             return None
         return f"baselines{kind}", {"task": task, "method": rest["method"], "bits": rest["bits"], **own}
     if task == SPEECH:
@@ -340,7 +340,7 @@ def tuned_as(config: Config) -> Config:
     if "selector" in config:
         return {**config, "part": 1 if config["selector"] == "all" else selection.PARTS[0]}
     if "method" in config:
-        return {**config, "bits": 16, "step": STEPS["best"]}
+        return {**config, "bits": 16, "step": STEPS["chosen"]}
     weights = config["weights"] if config["weights"] == FEW else CENTER["weights"]
     changes: Config = {"weights": weights, "double_quant": True, "quantized": "all"}
     if config.get("signals"):

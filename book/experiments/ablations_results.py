@@ -200,7 +200,7 @@ class Results:
                 if level[0] == method
                 for run in own
             ]
-            table = compare(runs, "best", by="config.step", metric=primary(task), margin=MARGIN).table
+            table = compare(runs, "chosen", by="config.step", metric=primary(task), margin=MARGIN).table
             found |= {(method, row["arm"]): row for _, row in table.iterrows()}
         return found
 
