@@ -20,7 +20,7 @@ from mmqlora.errors import PlanError
 from mmqlora.inputs import Sizes, make_inputs
 from mmqlora.ledger import Ledger
 from mmqlora.planner import CHANGES, GPUS, plan
-from mmqlora.rehearsal import OPTIMIZERS, hollow, rehearse, tower
+from mmqlora.rehearsal import OPTIMIZERS, QUICK, hollow, rehearse, tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -282,3 +282,30 @@ def test_command_line(capsys):
     assert "With " in capsys.readouterr().out
     assert main(["plan", "mmqlora/video", "--frames", "0"]) == 2
     assert "expected a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "operation, args, settings",
+    [
+        (torch.ops.aten.add.Tensor, ((4, 3, 5), (5,)), {"alpha": 2}),
+        (torch.ops.aten.mul.Tensor, ((4, 3, 5), (4, 1, 5)), {}),
+        (torch.ops.aten.mul.Tensor, ((5,), (4, 3, 5)), {}),
+        (torch.ops.aten.mul.Tensor, ((4, 3, 5), 2.0), {}),
+        (torch.ops.aten.mul.Tensor, ((4, 3, 5), 2j), {}),
+        (torch.ops.aten.cat.default, ([(4, 3), (4, 2)], -1), {}),
+        (torch.ops.aten._to_copy.default, ((4, 3, 5),), {"dtype": torch.bfloat16}),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_said_of_an_operation_is_what_it_gives(operation, args, settings, turned):
+    def make(shape, device):
+        if isinstance(shape, list):
+            return [make(one, device) for one in shape]
+        if not isinstance(shape, tuple):
+            return shape
+        made = torch.ones(shape, device=device)
+        return made.transpose(0, 1).contiguous().transpose(0, 1) if turned and made.ndim > 1 else made
+
+    real = operation(*(make(one, "cpu") for one in args), **settings)
+    said = QUICK[operation](*(make(one, "meta") for one in args), **settings)
+    assert (said.shape, said.stride(), said.dtype) == (real.shape, real.stride(), real.dtype)

@@ -204,7 +204,8 @@ def _elementwise(operation: Any) -> Callable[..., torch.Tensor]:
         if isinstance(one, torch.Tensor) and one.is_contiguous() and one.is_floating_point():
             if isinstance(other, (int, float)):
                 return _like(one)
-            if other.dtype == one.dtype and other.shape == one.shape[one.ndim - other.ndim :]:
+            same = isinstance(other, torch.Tensor) and other.dtype == one.dtype
+            if same and other.shape == one.shape[one.ndim - other.ndim :]:
                 return _like(one)
         return operation(one, other, **settings)
 
@@ -288,7 +289,7 @@ class _Numbers(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False
+        return False  # as in `Ledger`
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -413,7 +414,7 @@ def _medium(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def _step(trained: list[nn.Parameter], optimizer: str, cuda: bool, ledger: Ledger) -> tuple[int, Any]:
-    """Take a step as it is when the states are there; return their bytes, and what keeps them alive."""
+    """Take a step as it is when the states are there; return their bytes, and the tensors to keep."""
     if optimizer not in OPTIMIZERS:
         raise PlanError(f"optimizer={optimizer!r} is unknown; use one of {', '.join(OPTIMIZERS)}.")
     before = ledger.total
@@ -432,6 +433,6 @@ def _step(trained: list[nn.Parameter], optimizer: str, cuda: bool, ledger: Ledge
             ledger.paged += 2 * size + 8 * math.ceil(size / 256) if "8bit" in optimizer else 8 * size
             continue
         eight = "8bit" in optimizer and size >= EIGHT_BITS_FROM
-        for bytes_ in 2 * ([size, 4 * math.ceil(size / 256)] if eight else [4 * size]):
-            ledger.hold(bytes_, "optimizer", "shared")
+        for held in 2 * ([size, 4 * math.ceil(size / 256)] if eight else [4 * size]):
+            ledger.hold(held, "optimizer", "shared")
     return ledger.total - before, None
