@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
 from experiments import baselines, ranks, selection, temporal, together, tuning
+from experiments.ranks_scores import AIM, OURS, Scores
 from experiments.together_results import METRIC, Results
 
 from mmqlora import benchmark
@@ -205,3 +206,58 @@ def test_a_seed_that_lacks_an_arm_is_left_out():
     results = Results(records[:-1])
     assert list(results.whole) == [1] and not results.finished and "not finished" in results.progress()
     assert not Results([]).shows and "0 of 48 runs" in Results([]).progress()
+
+
+def ranks_records(gain, seeds=ranks.SEEDS, arms=ranks.MAIN, task="audio/timbre"):
+    """Runs of arms whose exact match, word accuracy and (negative) loss are those of uniform ranks and a gain."""
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.2, 0.6, 200)
+    records = []
+    for seed in seeds:
+        noise = rng.normal(0, 0.002)
+        for arm in arms:
+            items = hard + noise + gain(arm) + rng.normal(0, 0.002, 200)
+            scores = {"exact_match": items, "word_accuracy": items, "loss": 1 - items}
+            records.append(
+                {
+                    "config": {"task": task, "arm": arm, "budget": 2, "learning_rate": 1e-3},
+                    "seed": seed,
+                    "metrics": {**{name: own.mean() for name, own in scores.items()}, "share audio": 0.5},
+                    "items": {name: own.tolist() for name, own in scores.items()},
+                }
+            )
+    return records
+
+
+def test_ranks_and_start_are_told_apart():
+    def gain(arm):
+        return 0.03 * arm.startswith("gradient") + 0.02 * arm.endswith("spectral start") + 0.01 * (arm == "EVA")
+
+    scores = Scores(ranks_records(gain))
+    found = {name: float(text.split()[0]) for name, text in scores.crossed()["audio/timbre"].items()}
+    for start in ("random", "spectral"):
+        assert found[f"gradient ranks, {start} start"] == pytest.approx(3, abs=0.2)
+        assert found[f"whitened ranks, {start} start"] == pytest.approx(0, abs=0.2)
+    for name in ("uniform", "gradient", "whitened"):
+        assert found[f"spectral start, {name} ranks"] == pytest.approx(2, abs=0.2)
+    aim = scores.aim().set_index("measure")
+    assert set(aim.index) == set(AIM) and set(aim["best of the others"]) == {"EVA"} and set(aim["reached"]) == {"yes"}
+    assert aim["gain"].tolist() == pytest.approx([0.04, 0.04], abs=0.003)
+    assert (aim["low"] <= aim["gain"]).all() and (aim["gain"] <= aim["high"]).all()
+
+
+def test_an_aim_is_not_reached_by_less_nor_by_a_loss_that_rises():
+    worse = Scores(ranks_records(lambda arm: -0.05 * (arm == OURS))).aim()
+    assert set(worse["reached"]) == {"no"} and (worse["high"] < 0).all()
+    little = Scores(ranks_records(lambda arm: 0.02 * (arm == OURS))).aim()
+    assert set(little["reached"]) == {"no"} and (little["low"] > 0).all()
+
+
+def test_an_arm_counts_with_all_its_seeds():
+    records = ranks_records(lambda arm: 0.0)
+    last = [record for record in records if (record["config"]["arm"], record["seed"]) != ("EVA", 6)]
+    assert "EVA" in Scores(records).table("audio/timbre").index
+    assert "EVA" not in Scores(last).table("audio/timbre").index and Scores(last).aim().empty
+    assert "47 of 876 runs" in Scores(last).progress() and Scores([]).tasks == []
+    without = [record for record in records if record["config"]["arm"] != "uniform"]
+    assert Scores(without).tasks == []

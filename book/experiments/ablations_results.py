@@ -27,6 +27,7 @@ from experiments.ablations import (
     tried,
     tuned_as,
 )
+from experiments.baselines_results import nothing
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.errors import RecordError
 
@@ -310,7 +311,7 @@ class Results:
         """Differences from the center, a panel a task: intervals, and every seed as a dot."""
         found = {task: self.against(ablation, task) for task in self.tasks(ablation)}
         if not found:
-            return _nothing()
+            return nothing()
         heights = [len(own.table) for own in found.values()]
         size = (7.2, 1.0 * len(found) + 0.4 * sum(heights))
         figure, panels = plt.subplots(len(found), 1, figsize=size, height_ratios=heights, squeeze=False)
@@ -324,7 +325,7 @@ class Results:
         """Scores themselves, a panel a task: every seed as a dot, means of seeds with 95% intervals as bars."""
         tasks = self.tasks(ablation)
         if not tasks:
-            return _nothing()
+            return nothing()
         figure, panels = plt.subplots(1, len(tasks), figsize=(max(3.6, 2.6 * len(tasks)), 3.6), squeeze=False)
         for axes, task in zip(panels[0], tasks, strict=True):
             scores = self.scores(ablation, task)
@@ -337,7 +338,7 @@ class Results:
     def plot_heat(self, ablation: str, task: str) -> Figure:
         """Means over seeds in two factors: a row a level of the first, a column a level of the second."""
         if task not in self.tasks(ablation):
-            return _nothing()
+            return nothing()
         scores = {level: own.mean() for level, own in self.scores(ablation, task).items()}
         rows, columns = _factors(ablation, scores)
         return _heat([[scores.get((r, c), np.nan) for c in columns] for r in rows], rows, columns, primary(task))
@@ -346,7 +347,7 @@ class Results:
         """The interaction of level and learning rate, on the one seed of tuning."""
         table = self.tuning(ablation, task)
         if len(table) < 2:
-            return _nothing()
+            return nothing()
         rates = [f"{one:g}" for one in table.columns]
         figure = _heat(table.to_numpy(), list(table.index), rates, primary(task))
         figure.axes[0].set_xlabel("learning rate")
@@ -355,7 +356,7 @@ class Results:
     def plot_interaction(self, ablation: str, task: str) -> Figure:
         """Score over the second factor, a line a level of the first; every seed as a dot, means with 95% intervals."""
         if task not in self.tasks(ablation):
-            return _nothing()
+            return nothing()
         scores = self.scores(ablation, task)
         rows, columns = _factors(ablation, scores)
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
@@ -367,14 +368,6 @@ class Results:
         axes.set_ylabel(primary(task).replace("_", " "))
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
         return figure
-
-
-def _nothing() -> Figure:
-    """What stands in the place of a figure until there are records."""
-    figure, axes = plt.subplots(figsize=(7.2, 0.8))
-    axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
-    axes.set_axis_off()
-    return figure
 
 
 def _found(config: Config, seed: int) -> dict[str, Any] | None:

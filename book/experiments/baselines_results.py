@@ -199,6 +199,14 @@ def primary(task: str) -> str:
     return PRIMARY[task.split("/")[0]]
 
 
+def nothing() -> Figure:
+    """What stands in the place of a figure until there are records."""
+    figure, axes = plt.subplots(figsize=(7.2, 0.8))
+    axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
+    return figure
+
+
 def pareto(table: pd.DataFrame, score: str, cost: str = "parameters") -> pd.DataFrame:
     """The rows that no other beats at a lower or equal cost, by cost."""
     table = table.sort_values([cost, score], ascending=[True, False])

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.baselines_results import nothing
 from experiments.together import ARMS, PARTS, RECORDS, SEEDS
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import read_records
@@ -120,12 +121,9 @@ class Results:
 
     def plot(self) -> Figure:
         """Above: the score of every arm, a dot a seed. Below: effects with their intervals."""
-        figure, (above, below) = plt.subplots(2, 1, figsize=(7.2, 6.4), height_ratios=[len(ARMS), len(EFFECTS)])
         if not self.shows:
-            for axes in (above, below):
-                axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
-                axes.set(xticks=[], yticks=[])
-            return figure
+            return nothing()
+        figure, (above, below) = plt.subplots(2, 1, figsize=(7.2, 6.4), height_ratios=[len(ARMS), len(EFFECTS)])
         for place, arm in enumerate(ARMS):
             scores = [runs[arm]["metrics"][METRIC] for runs in self.whole.values()]
             color = COLORS.get(len(ARMS[arm]), "#949494")

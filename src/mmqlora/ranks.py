@@ -641,7 +641,7 @@ def _for_gpu(model: nn.Module, batch: Mapping[str, Any], budget: Budget, choose:
         "gpu": budget.gpu,
         "quant_type": next((m.weight.quant_type for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)), None),
         "optimizer": budget.optimizer,
-        "checkpointing": getattr(model, "is_gradient_checkpointing", False),
+        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "inputs": batch,
     }
     empty = plan(model, rank=1, **settings)
