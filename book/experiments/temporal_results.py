@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.baselines import PRIMARY, RECORDS
-from experiments.baselines_results import PLAIN
+from experiments.ablations import SPEECH, primary
+from experiments.baselines import RECORDS
+from experiments.baselines_results import PLAIN, nothing
 from experiments.temporal import ARMS, CONTROL, SEEDS, TIMING
 from experiments.temporal_mechanism import EARLY
 from mmqlora.comparisons import Comparison, compare
@@ -24,22 +25,29 @@ class Results:
 
     def __init__(self) -> None:
         self.records = read_records(RECORDS / "temporal.jsonl")
+        speech = RECORDS / "temporal_speech.jsonl"
+        for record in read_records(speech) if speech.exists() else []:
+            self.records.append({**record, "config": {**record["config"], "task": SPEECH}})
         self.mechanism = as_table(read_records(RECORDS / "temporal_mechanism.jsonl"))
         self.costs = as_table(read_records(RECORDS / "temporal_cost.jsonl"))
         self.signals = as_table(read_records(RECORDS / "signals_cost.jsonl"))
-        self.tasks = [t for t in (*TIMING, *CONTROL) if any(r["config"]["task"] == t for r in self.records)]
+        # A task counts once plain QLoRA and something to compare with it have all their seeds.
+        self.tasks = [t for t in (*TIMING, *CONTROL, SPEECH) if self.whole(t) > {"plain"}]
 
     def of(self, task: str, arm: str | None = None) -> list[dict]:
         """Records of a task, by arm."""
         return [r for r in self.records if r["config"]["task"] == task and arm in (None, r["config"]["arm"])]
 
+    def whole(self, task: str) -> set[str]:
+        """The arms that have all their seeds."""
+        return {arm for arm in ARMS if len(self.of(task, arm)) == len(SEEDS)}
+
     def compare(self, task: str, measure: str | None = None) -> Comparison:
         """Every arm that has all its seeds against plain QLoRA, paired by seed and item."""
-        order = list(ARMS)
-        whole = {arm for arm in ARMS if len(self.of(task, arm)) == len(SEEDS)}
+        order, whole = list(ARMS), self.whole(task)
         records = [r for r in self.of(task) if r["config"]["arm"] in whole]
         records.sort(key=lambda r: order.index(r["config"]["arm"]))
-        metric = measure or PRIMARY[task.split("/")[0]]
+        metric = measure or primary(task)
         return compare(records, "plain", by="config.arm", metric=metric, margin=MARGIN)
 
     def gain(self, task: str, arm: str = "gate", measure: str | None = None) -> str:
@@ -52,18 +60,33 @@ class Results:
         """Primary score of full fine-tuning in 16 bits, one seed."""
         shifts = read_records(RECORDS / "shifts.jsonl")
         found = [r for r in shifts if (r["config"]["task"], r["config"]["method"]) == (task, "full")]
-        return found[0]["metrics"][PRIMARY[task.split("/")[0]]]
+        return found[0]["metrics"][primary(task)]
 
     def table(self, task: str) -> pd.DataFrame:
         """Means over seeds, by arm."""
-        names = {"score": PRIMARY[task.split("/")[0]], "plain measure": PLAIN[task.split("/")[0]]}
+        measures = dict.fromkeys([primary(task), PLAIN.get(task.split("/")[0], primary(task))])
         rows = []
         for arm in ARMS:
-            if len(runs := self.of(task, arm)) == len(SEEDS):
-                means = {name: np.mean([r["metrics"][key] for r in runs]) for name, key in names.items()}
+            if arm in self.whole(task):
+                runs = self.of(task, arm)
+                means = {measure: np.mean([r["metrics"][measure] for r in runs]) for measure in measures}
                 rate, trained = runs[0]["config"]["learning_rate"], runs[0]["parameters"]["trainable"]
                 rows.append({"arm": arm, **means, "parameters": trained, "learning rate": rate, "seeds": len(runs)})
-        return pd.DataFrame(rows).rename(columns=names)
+        return pd.DataFrame(rows)
+
+    def plot_others(self) -> Figure:
+        """The tasks beside those of the claim: every arm against plain QLoRA, a panel a task."""
+        tasks = [task for task in self.tasks if task not in (TIMING[0], *CONTROL)]
+        if not tasks:
+            return nothing()
+        found = [self.compare(task) for task in tasks]
+        heights = [len(comparison.table) for comparison in found]
+        figure, panels = plt.subplots(
+            len(tasks), 1, figsize=(7.2, 0.8 + 0.45 * sum(heights)), height_ratios=heights, squeeze=False
+        )
+        for axes, comparison, task in zip(panels[:, 0], found, tasks, strict=True):
+            comparison.plot(axes).set_title(task)
+        return figure
 
     def pulls(self) -> pd.DataFrame:
         """The mechanism in long form: one row a task, time of training, region, measure, kind of signal and seed."""
