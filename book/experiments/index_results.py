@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import together
 from experiments.baselines import RECORDS
 from mmqlora.comparisons import compare
 from mmqlora.records import read_records
@@ -70,6 +71,11 @@ class Results:
         for kind, name in (("plain", "LoRA"), ("wider", "one rank more"), ("gate from both", "with gates")):
             own = arm(gated, arm=kind)
             self.gates.append(Point(name, _trained(own), own, "reciprocal_rank", kind == "gate from both"))
+        runs = read_records(RECORDS / "together.jsonl")
+        self.together = [
+            Point(name, place, arm(runs, arm=name), "reciprocal_rank", parts == together.PARTS)
+            for place, (name, parts) in enumerate(together.ARMS.items())
+        ]
 
     def answer(self) -> str:
         """What each idea brings, in two sentences, and what to know about them."""
@@ -81,13 +87,17 @@ class Results:
             f"{small.cost / full.cost:.0%} of a step's bytes, and end {_points(small, full)} full fine-tuning in 16 "
             f"bits (*{TASK}*); a quarter of the frames, chosen well, ends {_points(chosen, whole)} all of them, at as "
             f"many steps. Gates that know when something happens add {gates.cost / plain.cost - 1:.1%} of an adapter's "
-            f"parameters and end {_points(gates, plain)} it where timing matters.\n\nThe models are small; intervals "
-            "are of 95%, and every seed is shown below."
+            f"parameters and end {_points(gates, plain)} it where timing matters.\n\n"
+            "Gates, ranks and selection at once, in the same bytes but for the gates' and with as many frames, end "
+            f"{_points(self.together[-1], self.together[0])} QLoRA without them. The models are small; intervals are "
+            "of 95%, and every seed is shown below."
         )
 
     def plot(self) -> Figure:
-        """Score against memory, parameters and frames: orange with the idea, gray without; dots are seeds."""
-        figure, panels = plt.subplots(2, 2, figsize=(7.4, 6.2))
+        """Score against memory, parameters and frames, and all at once: orange with the idea, gray without."""
+        figure = plt.figure(figsize=(7.4, 9.0))
+        grid = figure.add_gridspec(3, 2)
+        panels = np.array([[figure.add_subplot(grid[row, column]) for column in (0, 1)] for row in (0, 1)])
         _draw(panels[0, 0], self.memory, "Four bits: bytes of a step (MB)", "word accuracy")
         _draw(panels[0, 1], self.parameters, "Adapters: trained parameters (thousands)", "word accuracy", log=True)
         _draw(panels[1, 0], self.frames, "Selection: share of the frames", "word accuracy")
@@ -97,6 +107,12 @@ class Results:
         panels[1, 0].set_ylim(0, 1.1)
         for axes in panels[0]:
             axes.set_ylim(0.94, 1.0)
+        last = figure.add_subplot(grid[2, :])
+        for point in self.together:
+            _dots(last, point)
+        last.set_xticks(range(len(self.together)), [point.name.replace(" + ", "\n+ ") for point in self.together])
+        last.set(xlabel="All together: one budget of bytes and frames", ylabel="reciprocal rank")
+        last.tick_params(axis="x", labelsize=9)
         return figure
 
 
@@ -114,11 +130,15 @@ def _points(a: Point, b: Point) -> str:
     return f"{abs(found.difference):.1f} points ({low:.1f} to {high:.1f}) {side}"
 
 
+def _dots(axes: Axes, point: Point) -> None:
+    color = ON if point.on else OFF
+    axes.plot(np.full(len(point.scores), point.cost), point.scores, "o", ms=4, alpha=0.5, mew=0, color=color)
+    axes.plot(point.cost, point.mean, "D", ms=8, color=color)
+
+
 def _draw(axes: Axes, points: list[Point], label: str, score: str, log: bool = False) -> None:
     for point in points:
-        color = ON if point.on else OFF
-        axes.plot(np.full(len(point.scores), point.cost), point.scores, "o", ms=4, alpha=0.5, mew=0, color=color)
-        axes.plot(point.cost, point.mean, "D", ms=8, color=color)
+        _dots(axes, point)
         axes.annotate(
             point.name,
             (point.cost, point.mean),

@@ -110,8 +110,13 @@ class Results:
 
     def said(self, name: str) -> str:
         """An effect with its interval, in words."""
-        row = self.effects().loc[name]
-        return f"{row['difference']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
+        return _points(self.effects().loc[name])
+
+    def gain(self, arm: str, other: str) -> str:
+        """What an arm gains over another, with its interval, in words."""
+        runs = [record for record in self.records if record["config"]["arm"] in (arm, other)]
+        row = compare(runs, other, by="config.arm", metric=METRIC).table.iloc[0]
+        return _points(100 * row[["difference", "low", "high"]].astype(float))
 
     def additive(self) -> float:
         """How much of the sum of what each brings alone all three bring together."""
@@ -143,6 +148,10 @@ class Results:
         for axes in (above, below):
             axes.grid(visible=False, axis="y")
         return figure
+
+
+def _points(row: pd.Series) -> str:
+    return f"{row['difference']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
 
 
 def plot_arms() -> Figure:
