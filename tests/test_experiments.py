@@ -195,6 +195,7 @@ def test_effects_are_those_that_were_put_in():
         assert found.loc[name, "difference"] == pytest.approx(truth, abs=0.15), name
         assert found.loc[name, "low"] - 0.1 <= truth <= found.loc[name, "high"] + 0.1
     assert found.loc["gates x ranks x selection", "difference"] == pytest.approx(0, abs=0.3)
+    assert float(results.beyond().split()[0]) == pytest.approx(-3, abs=0.3)  # 4 of all three, less 5 and 2
 
 
 def test_a_seed_that_lacks_an_arm_is_left_out():

@@ -89,20 +89,23 @@ class Results:
         For a pair that is (both - one) - (other - none), averaged over the third: twice the mean of the arms that lack
         an even number of ``parts`` minus twice the mean of those that lack an odd number. Pairs are seeds and items.
         """
-        sides: dict[str, list[dict[str, Any]]] = {"plus": [], "minus": []}
+        lacking = {on: len(set(parts) - set(on)) for on in ARMS.values()}
+        plus, minus = ([on for on, count in lacking.items() if count % 2 == odd] for odd in (0, 1))
+        return 2 ** (len(parts) - 1) * self._contrast(plus, minus)
+
+    def _contrast(self, plus: Sequence[tuple[str, ...]], minus: Sequence[tuple[str, ...]]) -> pd.Series:
+        """The mean of some arms minus the mean of others, with its interval."""
+        names = {parts: arm for arm, parts in ARMS.items()}
+        records = []
         for seed, runs in self.whole.items():
-            for side, records in sides.items():
-                even = side == "plus"
-                own = [runs[arm] for arm, on in ARMS.items() if (len(set(parts) - set(on)) % 2 == 0) == even]
-                items = np.mean([run["items"][METRIC] for run in own], axis=0)
+            for side, arms in (("plus", plus), ("minus", minus)):
+                items = np.mean([runs[names[parts]]["items"][METRIC] for parts in arms], axis=0)
                 means = {METRIC: float(items.mean())}
                 records.append(
                     {"config": {"side": side}, "seed": seed, "metrics": means, "items": {METRIC: items.tolist()}}
                 )
-        scale = 2 ** (len(parts) - 1)
-        found = compare([*sides["plus"], *sides["minus"]], "minus", by="config.side", metric=METRIC)
-        row = found.table.iloc[0]
-        return pd.Series({name: scale * float(row[name]) for name in ("difference", "low", "high")})
+        row = compare(records, "minus", by="config.side", metric=METRIC).table.iloc[0]
+        return row[["difference", "low", "high"]].astype(float)
 
     def effects(self) -> pd.DataFrame:
         """Main effects and interactions with 95% intervals, in points."""
@@ -114,15 +117,11 @@ class Results:
 
     def gain(self, arm: str, other: str) -> str:
         """What an arm gains over another, with its interval, in words."""
-        runs = [record for record in self.records if record["config"]["arm"] in (arm, other)]
-        row = compare(runs, other, by="config.arm", metric=METRIC).table.iloc[0]
-        return _points(100 * row[["difference", "low", "high"]].astype(float))
+        return _points(100 * self._contrast([ARMS[arm]], [ARMS[other]]))
 
-    def additive(self) -> float:
-        """How much of the sum of what each brings alone all three bring together."""
-        means = self.table()["score"]
-        alone = sum(means[part] - means["none"] for part in PARTS)
-        return float((means[" + ".join(PARTS)] - means["none"]) / alone)
+    def beyond(self) -> str:
+        """What all three gain over none, less the sum of what each gains alone, with its interval, in words."""
+        return _points(300 * self._contrast([PARTS, (), ()], [(part,) for part in PARTS]))
 
     def plot(self) -> Figure:
         """Above: the score of every arm, a dot a seed. Below: effects with their intervals."""
