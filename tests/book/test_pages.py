@@ -222,7 +222,7 @@ WORDS = {
 def test_search_finds_each_chapter(browser: Browser, server: str, name: str) -> None:
     page = browser.new_page()
     visit(page, f"{server}/search.html?q={WORDS[name]}")
-    page.wait_for_selector("#search-results li a")
+    page.get_by_text("Search finished").wait_for()  # results come one by one
     found = page.eval_on_selector_all("#search-results li a", "all => all.map((e) => e.href)")
     page.close()
     assert any(f"/book/{name}.html" in link for link in found), found
