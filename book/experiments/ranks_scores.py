@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.baselines_results import MARGIN, PLAIN, nothing, primary
-from experiments.ranks import ARMS, BUDGETS, MAIN, RECORDS, SEEDS, TASKS, cells
+from experiments.ranks import ARMS, BUDGETS, EVERY, MAIN, RECORDS, SEEDS, TASKS, cells
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import read_records
 
@@ -185,17 +185,16 @@ class Scores:
 
     def plot_budgets(self) -> Figure:
         """Score over the budget on the task on which every arm runs: main arms in color, the others gray."""
-        task = next(iter(TASKS.values()))[0]
-        budgets = [budget for budget in BUDGETS if (task, budget) in self.cells]
+        budgets = [budget for budget in BUDGETS if (EVERY, budget) in self.cells]
         if len(budgets) < 2:
             return nothing()
         figure, axes = plt.subplots(figsize=(7.2, 4.6))
         colors = dict(zip(MAIN, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False)) | {"AdaLoRA": "0.1"}
         for arm in sorted(ARMS, key=lambda arm: arm in MAIN):
             means = {
-                budget: np.mean([run["metrics"][primary(task)] for run in self.cells[task, budget][arm]])
+                budget: np.mean([run["metrics"][primary(EVERY)] for run in self.cells[EVERY, budget][arm]])
                 for budget in budgets
-                if arm in self.cells[task, budget]
+                if arm in self.cells[EVERY, budget]
             }
             axes.plot(
                 [*means], [*means.values()], "o-", color=colors.get(arm, "0.85"), label=arm if arm in MAIN else None
@@ -203,7 +202,7 @@ class Scores:
         axes.set(
             xscale="log",
             xlabel="budget: as many parameters as uniform ranks of",
-            ylabel=primary(task).replace("_", " "),
+            ylabel=primary(EVERY).replace("_", " "),
         )
         axes.set_xticks(budgets, budgets)
         axes.minorticks_off()
