@@ -122,7 +122,9 @@ def excerpt(folder: Path, train: int, test: int) -> tuple[Speech, Speech]:
     return learn, lines
 
 
-def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[float, ...]]) -> Callable[[Any], Any]:
+def judge(
+    sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[float, ...]], bf16: bool = True
+) -> Callable[[Any], Any]:
     """A function from a model to its word error rates by set and window, with the errors of every sentence."""
     normalize = english_normalizer(processor)
     kept = {
@@ -137,7 +139,7 @@ def judge(sets: dict[str, Speech], processor: Any, windows: dict[str, tuple[floa
         items: list[list[Any]] = []
         for (name, window), indices in kept.items():
             with short_window(model, window):
-                texts = transcribe(model, processor, examples[name, window], bf16=True, progress=False)
+                texts = transcribe(model, processor, examples[name, window], bf16=bf16, progress=False)
             rows = [sets[name].rows[i] for i in indices]
             errors = word_error_rate([row["text"] for row in rows], texts, normalize)
             scored = [

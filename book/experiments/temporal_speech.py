@@ -71,7 +71,7 @@ def learn(
     train, sets = speech.data_sets(at_hand(), tuning=config.get("validation", False))
     name = "voices" if config.get("validation") else "synthetic"
     sets = {name: sets[name]}
-    judge = speech.judge(sets, processor, {name: (WINDOW,)})
+    judge = speech.judge(sets, processor, {name: (WINDOW,)}, bf16=False)  # as it is trained
 
     def evaluate(trained: Any) -> dict[str, Any]:
         found = judge(trained)
