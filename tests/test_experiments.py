@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "book"))
 
-from experiments import baselines, ranks, selection, temporal, together, tuning
+from experiments import baselines, ranks, selection, temporal, temporal_speech, together, tuning
 from experiments.ranks_scores import AIM, OURS, Scores
 from experiments.together_results import METRIC, Results
 
@@ -44,6 +44,18 @@ def test_every_baseline_was_tuned_by_the_rule():
     scores = tuning.tried(baselines.RECORDS / "baselines_tuning.jsonl", baselines.score)
     for config, middle in baselines.tuned_arms(baselines.MAIN, list(baselines.RATES)):
         assert tuning.wanted(scores[tuning.arm(config)], middle) == []
+
+
+@pytest.mark.parametrize("module", [temporal, temporal_speech])
+def test_temporal_arms_run_at_the_rate_that_the_rule_chose(module):
+    name = module.__name__.split(".")[-1]
+    for scores in tuning.tried(module.RECORDS / f"{name}_tuning.jsonl", module.score).values():
+        assert tuning.wanted(scores, module.MIDDLE) == []
+    rates = module.rates()
+    for record in read_records(module.RECORDS / f"{name}.jsonl"):
+        config = record["config"]
+        key = (config["task"].split("/")[0], config["arm"]) if "task" in config else config["arm"]
+        assert config["learning_rate"] == rates[key]
 
 
 def test_shuffled_signals_stay_within_their_clip_and_leave_padding_alone():
