@@ -11,7 +11,6 @@ from experiments.ablations import SPEECH, primary
 from experiments.baselines import RECORDS
 from experiments.baselines_results import PLAIN, nothing
 from experiments.temporal import ARMS, CONTROL, SEEDS, TIMING
-from experiments.temporal_mechanism import EARLY
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import as_table, read_records
 
@@ -89,17 +88,16 @@ class Results:
         return figure
 
     def pulls(self) -> pd.DataFrame:
-        """The mechanism in long form: one row a task, time of training, region, measure, kind of signal and seed."""
+        """The mechanism in long form: one row a task, region, measure, kind of signal and seed."""
         columns = [name for name in self.mechanism if name.startswith("metrics.")]
-        long = self.mechanism.melt(["config.task", "config.steps", "seed"], columns, "name", "value").dropna()
+        long = self.mechanism.melt(["config.task", "seed"], columns, "name", "value").dropna()
         long[["region", "measure", "kind"]] = long["name"].str.removeprefix("metrics.").str.split(" ", expand=True)
-        long["training"] = np.where(long["config.steps"] == EARLY, "early", "at the end")
-        return long.rename(columns={"config.task": "task"}).drop(columns=["name", "config.steps"])
+        return long.rename(columns={"config.task": "task"}).drop(columns="name")
 
-    def plot_mechanism(self, training: str = "early") -> Figure:
+    def plot_mechanism(self) -> Figure:
         """Agreement of the two halves, by task and region; a dot a seed, a bar at the mean."""
         long = self.pulls()
-        long = long[(long["measure"] == "cosine") & (long["training"] == training)]
+        long = long[long["measure"] == "cosine"]
         models = list(dict.fromkeys(task.split("/")[0] for task in long["task"]))
         rows = {model: long[long["task"].str.startswith(model)] for model in models}
         places = {
