@@ -6,8 +6,9 @@
 
 All arms adapt the 4-bit base of a task with LoRA and train the same number of parameters: as many as uniform ranks of
 `BUDGETS` have. Every arm runs at every budget on the task `EVERY`; the main arms, those of `MAIN`, run at the
-smallest budget on all tasks. Each arm has its learning rate chosen by the same rule for each model and budget, on the
-model's first task, and keeps it on the others.
+smallest budget on all tasks of the models in `SCORED`. Each main arm has its learning rate chosen by the same rule for
+each model and budget, on the model's first task, and keeps it on the others; the rest, which are controls, keep that of
+the smallest budget.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ TASKS = {
     "audio": ("audio/timbre", "audio/words", "audio/timbre+words", "audio/none"),
     "retrieval": ("retrieval/palette", "retrieval/words", "retrieval/none"),
 }
+SCORED = ("video", "audio")  # the models that are trained; of the third, where the rank goes is all that is measured
 EVERY = "audio/timbre"  # of the model that trains quickest
 SEEDS = range(1, 7)
 BUDGETS = (2, 4, 16)  # uniform ranks
@@ -65,7 +67,6 @@ ARMS: dict[str, tuple[str, str]] = {
     "twice the connector": ("connector", "random"),
     "random": ("random", "random"),
     "reversed": ("reversed", "random"),
-    "vision alone": ("vision", "random"),
     "audio alone": ("audio", "random"),
     "fusion alone": ("fusion", "random"),
     "text alone": ("text", "random"),
@@ -80,7 +81,7 @@ MAIN = (
     "EVA",
     "AdaLoRA",
 )
-REGIONS = ("vision", "audio", "fusion", "text")
+REGIONS = ("audio", "fusion", "text")  # of the model of `EVERY`
 
 
 def calibration(
@@ -159,26 +160,21 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return run_on(task, model, train, judged, **about, callbacks=methods.callbacks(model))
 
 
-def arms_of(model: str) -> list[str]:
-    """The arms that make sense for a model: it has the region."""
-    regions = {"video": REGIONS[:1], "audio": REGIONS[1:2], "retrieval": REGIONS[:1]}[model] + REGIONS[2:]
-    return [arm for arm, (allocation, _) in ARMS.items() if allocation not in REGIONS or allocation in regions]
-
-
 def rates() -> dict[tuple[str, str, int], float]:
     """The learning rate of each arm, by model and budget."""
     found = {}
     for key, scores in tuning.tried(RECORDS / "ranks_tuning.jsonl", score).items():
         config = json.loads(key)
-        found[config["task"].split("/")[0], config["arm"], config["budget"]] = max(scores, key=scores.get)
+        model, arm, budget = config["task"].split("/")[0], config["arm"], config["budget"]
+        for own in (budget,) if arm in MAIN else BUDGETS:
+            found[model, arm, own] = max(scores, key=scores.get)
     return found
 
 
 def cells() -> list[tuple[str, str, int]]:
     """Task, arm and budget of every cell of the grid: those of the smallest budget come first."""
-    tasks = [task for own in TASKS.values() for task in own]
-    main = [(task, arm, BUDGETS[0]) for task in tasks for arm in MAIN]
-    every = [(EVERY, arm, budget) for budget in BUDGETS for arm in arms_of(EVERY.split("/")[0])]
+    main = [(task, arm, BUDGETS[0]) for model in SCORED for task in TASKS[model] for arm in MAIN]
+    every = [(EVERY, arm, budget) for budget in BUDGETS for arm in ARMS]
     return list(dict.fromkeys(main + every))
 
 
@@ -201,8 +197,11 @@ def main() -> None:
         print(f"{len(chosen)} cells with {len(SEEDS)} seeds: {len(done)} of {len(chosen) * len(SEEDS)} runs are done")
         return
     if arguments.tune:
-        swept = [cell for cell in chosen if cell[0] == TASKS[cell[0].split("/")[0]][0]]
-        configs = [({"task": t, "arm": a, "budget": b, "validation": True}, MIDDLE) for t, a, b in swept]
+        configs = [
+            ({"task": task, "arm": arm, "budget": budget, "validation": True}, MIDDLE)
+            for task, arm, budget in chosen
+            if task == TASKS[task.split("/")[0]][0] and (arm in MAIN or budget == BUDGETS[0])
+        ]
         tuning.tune("experiments.ranks:run", configs, RECORDS / "ranks_tuning.jsonl", score, **options)
         return
     rate = rates()
