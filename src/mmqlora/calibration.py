@@ -47,7 +47,8 @@ class Spectrum:
     Attributes:
         energies: (k,) float64, squared singular values of the gradient, falling.
         directions: (k, d_in) float32, its right singular vectors.
-        variances: (k,) float64, eigenvalues of the inputs' second moment; empty unless asked for.
+        variances: (k,) float64, the shares of the inputs' variance along its principal directions, falling; empty
+            unless asked for.
         whitened: (k,) float64, squared singular values of the gradient with each input feature in units of its size.
         rows: input rows that were seen.
     """
@@ -155,7 +156,7 @@ def calibrate(
         exclude: a regular expression for full names of Linears that are not calibrated. The output embedding never is.
         directions: singular directions that are found for each Linear, at most. A Linear takes
             ``2 directions (d_out + 2 d_in)`` floats at most, whatever its size.
-        variances: also find the spectrum of the inputs.
+        variances: also find the spectrum of the inputs, for ``2 directions d_in`` floats more.
         activations: also measure what adapters would make the model keep; one forward pass of the first batch for each
             region.
         seed: of the sketches and, in training mode, of dropout.
@@ -265,6 +266,7 @@ class _Sum:
         self._plus("inputs", x.square().sum(0))
         if self.variances:
             exact = self._inner == self._inputs
+            self._plus("mean", x.sum(0))
             self._plus("moment", x.T @ (x if exact else x @ self._sketches(self._inputs, self._inner)))
 
     def _plus(self, name: str, value: Tensor) -> None:
@@ -282,7 +284,7 @@ class _Sum:
         if self.exact:
             shapes = {"gradient": (self._outputs, self._inputs), "inputs": (self._inputs,)}
         if self.variances:
-            shapes["moment"] = (self._inputs, self._inner)
+            shapes |= {"moment": (self._inputs, self._inner), "mean": (self._inputs,)}
         self.rows = int(_everywhere(torch.tensor([self.rows], device=device)).item())
         found = {name: self.parts.get(name, torch.zeros(shape, device=device)) for name, shape in shapes.items()}
         self.parts = {name: _everywhere(value) for name, value in found.items()} if self.rows else {}
@@ -314,19 +316,22 @@ class _Sum:
         )
 
     def _variances(self, directions: int) -> np.ndarray:
-        """Eigenvalues of the inputs' second moment: exact, or Nystrom's."""
+        """Eigenvalues of the inputs' covariance over their sum: exact, or Nystrom's."""
         if "moment" not in self.parts:
             return np.zeros(0)
-        moment = self.parts["moment"].double() / max(1, self.rows)
+        rows = max(1, self.rows)
+        mean, moment = self.parts["mean"].double() / rows, self.parts["moment"].double() / rows
+        total = (self.parts["inputs"].double() / rows - mean.square()).sum().clamp(min=1e-300)
         if self._inner == self._inputs:
-            values = torch.linalg.eigvalsh(moment).flip(0)
+            values = torch.linalg.eigvalsh(moment - mean[:, None] * mean).flip(0)
         else:
             omega = self._sketches(self._inputs, self._inner).double()
+            moment = moment - mean[:, None] * (mean @ omega)
             core = omega.T @ moment
             lower, vectors = torch.linalg.eigh((core + core.T) / 2)
             good = lower > lower.max() * 1e-10
             values = torch.linalg.svdvals(moment @ vectors[:, good] / lower[good].sqrt()).square()
-        return values[:directions].clamp(min=0).cpu().numpy()
+        return (values[:directions].clamp(min=0) / total).cpu().numpy()
 
 
 def _everywhere(value: Tensor) -> Tensor:

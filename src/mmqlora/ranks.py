@@ -390,7 +390,7 @@ def _by_variance(source: _Source) -> dict[str, np.ndarray]:
     if any(not len(s.variances) for s in spectra.values()):
         raise RankError('method="variance" needs calibrate(..., variances=True).')
     costs = {row.name: sum(row.shape) for row in source.rows}  # EVA counts ranks: the cost cancels
-    return {name: costs[name] * s.variances / max(s.variances.sum(), 1e-300) for name, s in spectra.items()}
+    return {name: costs[name] * s.variances for name, s in spectra.items()}
 
 
 def _by_error(source: _Source) -> dict[str, np.ndarray]:
