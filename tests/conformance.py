@@ -26,7 +26,7 @@ from torch import nn
 
 import mmqlora as mm
 from mmqlora.errors import GateError
-from mmqlora.gates import TemporalLoraConfig
+from mmqlora.gates import PARTS, TemporalLoraConfig
 from mmqlora.records import append_record, make_record
 from mmqlora.regions import regions
 from mmqlora.timeline import Tokens, timekeeper
@@ -67,6 +67,11 @@ def config(name: str, model: nn.Module, **settings: Any) -> TemporalLoraConfig:
     return TemporalLoraConfig(r=4, target_modules=linears(model), **settings)
 
 
+def every_part(name: str) -> dict[str, Any]:
+    """Settings of all that an adapter can do about time."""
+    return {"hidden": True, "shift": True, "kernel": 0 if name == "GIT" else 3}  # GIT's tower sees a frame at a time
+
+
 def adapted(name: str, moved: bool = False, quantize: bool = True) -> PeftModel:
     """The same with an adapter, at its start or moved by chance."""
     model = build(name, quantize)
@@ -96,10 +101,9 @@ def inputs(name: str, long: bool = False) -> Batch:
 def starts_at_the_base(name: str) -> str | None:
     """Loss and logits at the start are those of the 4-bit base, bit for bit."""
     model, given = build(name), inputs(name).inputs
-    kernel = 0 if name == "GIT" else 3  # GIT's tower gets one frame at a time and sees no neighbors
     with torch.no_grad():
         base = model(**given)
-        first = get_peft_model(model, config(name, model, hidden=True, shift=True, kernel=kernel)).eval()(**given)
+        first = get_peft_model(model, config(name, model, **every_part(name))).eval()(**given)
     assert torch.equal(first.loss, base.loss)
     for key, value in base.items():
         if isinstance(value, torch.Tensor):
@@ -107,17 +111,35 @@ def starts_at_the_base(name: str) -> str | None:
     return None
 
 
-def gates_of_every_region_get_gradients(name: str) -> str | None:
-    """In every region that sees media, and in all layers whose rows reach the loss."""
-    model = adapted(name, moved=True)
+def gates_get_gradients(name: str) -> str | None:
+    """Every part of the gates of every layer of which a row that has a time reaches the loss; some in each region."""
+    model = build(name)
+    model = get_peft_model(model, config(name, model, **every_part(name))).eval()
+    move(model)
+    base, reached = model.get_base_model(), set()
+    keeper, layers = timekeeper(base), {}
+    for layer, module in base.named_modules():
+        if (variant := getattr(module, "lora_variant", {}).get("default")) is not None:
+            layers[layer] = module
+
+            def look(module: nn.Module, args: Any, y: torch.Tensor, layer: str = layer, variant: Any = variant) -> None:
+                place, x = keeper.clock.place(variant.rule, layer, args[0].shape), args[0].detach()
+                timed = place.index is None or (place.index < place.level.steps).expand(x.shape[:-1])
+                timed = timed & (x != 0).any(-1)  # of rows that are zero the gates see nothing
+
+                def back(gradient: torch.Tensor) -> None:
+                    if ((gradient != 0).any(-1) & timed).any():
+                        reached.add(layer)
+
+                y.register_hook(back)
+
+            module.register_forward_hook(look)
     model(**inputs(name, long=True).inputs).loss.backward()
-    named = {key: region for key, region in regions(model.get_base_model()).items()}
-    found: dict[str, list[bool]] = {}
-    for key, parameter in model.named_parameters():
-        if "lora_gate" in key:
-            layer = key.removeprefix("base_model.model.").split(".lora_gate")[0]
-            found.setdefault(named[layer], []).append(parameter.grad is not None and bool(parameter.grad.any()))
-    assert found and all(any(values) for values in found.values()), found
+    for layer in reached:
+        parts = [getattr(layers[layer], part)["default"] for part in PARTS if "default" in getattr(layers[layer], part)]
+        assert parts and all(part.grad.any() for part in parts), layer
+    region = regions(base)
+    assert {region[layer] for layer in reached} == {region[layer] for layer in layers}
     return None
 
 
@@ -221,7 +243,7 @@ def merging(name: str) -> str | None:
 
 PROPERTIES: dict[str, Callable[[str], str | None]] = {
     "starts at the base": starts_at_the_base,
-    "gradient in every region": gates_of_every_region_get_gradients,
+    "gradient in every gate": gates_get_gradients,
     "rows have their time": rows_have_their_time,
     "padded and mixed batches": padded_batches,
     "saves and reloads": reloads,
@@ -319,7 +341,7 @@ def _check_change(
     whole = max(lengths) if len(set(counts)) == 1 else length
     valid = math.ceil(own * length / whole)
     # Convolutions before the first Linear blur a sound by a few steps, and PE's frames; a tower's attention does more.
-    near = 1 if medium == "video" and not who.startswith("PE") else 3 if not isinstance(rule, Tokens) else own
+    near = 1 if medium == "video" and not who.startswith("PE") else 3
     found = start + int(largest[start : start + valid].argmax())
     wanted = start + step * own / whole
     who = f"{who}: {medium} {sample}, step {step} of {length}"

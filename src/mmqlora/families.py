@@ -1,8 +1,8 @@
 """Where time is in each architecture: the table behind `timeline`.
 
-A family says how to read the media of a forward pass and which rule places the rows of which Linear. Each was checked
-by perturbation: noise on one step of one clip changes the rows that the rule gives to that step, and no others, in the
-first Linear of every part (`tests/test_timeline.py`).
+A family says how to read the media of a forward pass and which rule places the rows of which Linear. Each that is in
+the conformance table was checked by perturbation: noise on one step of one clip changes most the rows that the rule
+gives to that step, in the first Linear of every part (`tests/conformance.py`).
 """
 
 from __future__ import annotations
@@ -392,10 +392,18 @@ def _gemma3n(config: Any, **_: Any) -> Family:
             (r"model\.audio_tower\..*\.pos_proj$", Nothing("distances between positions, not positions")),
             (r"model\.audio_tower\.", Positions(AUDIO)),
             (r"model\.embed_(vision|audio)\.", Nothing("also called for tokens that stand for no frame")),
-            (r"model\.language_model\.", Tokens(BOTH, ids=ids, runs=AUDIO)),
+            # As many tokens for every sound, most of which stand for nothing in a short one.
+            (
+                r"model\.language_model\.",
+                Tokens(BOTH, ids=ids, runs=AUDIO, stride=_gemma3n_stride(config.audio_config)),
+            ),
             ("lm_head", TEXT),
         ],
     )
+
+
+def _gemma3n_stride(audio: Any) -> int:
+    return math.prod(time for time, _ in audio.sscp_conv_stride_size) * audio.conf_reduction_factor
 
 
 @family("gemma4")

@@ -251,6 +251,20 @@ class TemporalLoraModel(LoraModel):
         """Call the model with its hooks, which PEFT's own tuners pass by."""
         return self.model(*args, **kwargs)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse signals of which no layer sees any: all would be plain LoRA, and nobody would be told."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keeper = model.__dict__.get("_mmqlora_time")
+        groups = {rule: own for (name, rule), own in (keeper.groups if keeper else {}).items() if name == adapter_name}
+        layers = [layer for own in groups.values() for layer in own]
+        if layers and not any(adapter_name in getattr(layer, part, ()) for layer in layers for part in PARTS):
+            kinds = sorted({kind for rule in groups for kind in rule.modalities})
+            fit = [name for name, (kind, _) in SIGNALS.items() if kind in (*kinds, "both")]
+            raise GateError(
+                f"signals={self.peft_config[adapter_name].signals} fit none of the {len(layers)} layers that see "
+                f"{' and '.join(kinds)}; expected some of {', '.join(fit)}"
+            )
+
     def _create_and_replace(
         self,
         lora_config: TemporalLoraConfig,

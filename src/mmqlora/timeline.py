@@ -46,16 +46,17 @@ class Level:
     Args:
         counts: steps of each item, N in all.
         signals: (N + 1, m) float32; the last row, all zeros, is that of rows without time.
+        valid: (N,) bool, False where a step is padding; None if none is.
     """
 
-    def __init__(self, counts: tuple[int, ...], signals: torch.Tensor) -> None:
-        self.counts, self.signals = counts, signals
+    def __init__(self, counts: tuple[int, ...], signals: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.counts, self.signals, self.valid = counts, signals, valid
         self.steps = len(signals) - 1
         self.same = len(set(counts)) == 1
         self._around: dict[int, torch.Tensor] = {}
 
     def around(self, width: int) -> torch.Tensor:
-        """The steps around each step, (N, width) int64; N where the clip begins or ends."""
+        """The steps around each step, (N, width) int64; N before the clip begins and where it has ended."""
         if width not in self._around:
             device = self.signals.device
             counts = torch.tensor(self.counts, device=device)
@@ -63,6 +64,8 @@ class Level:
             index = torch.arange(self.steps, device=device)[:, None] + torch.arange(width, device=device) - width // 2
             inside = (index >= 0) & (index < self.steps)
             index = index.clamp(0, max(0, self.steps - 1))
+            if self.valid is not None:
+                inside &= self.valid[index]
             self._around[width] = torch.where(inside & (item[index] == item[:, None]), index, self.steps)
         return self._around[width]
 
@@ -108,11 +111,12 @@ class Stream:
         return self._levels[steps]
 
     def _make(self, steps: int | None) -> Level:
-        signals, counts = self.signals, self.counts
-        if steps is not None:
-            signals, counts = pool_steps(signals, steps), (steps,) * self.items
-        flat = signals.flatten(0, 1) if steps or self.valid is None else signals[self.valid]
-        return Level(counts, nn.functional.pad(flat, (0, 0, 0, 1)))
+        if steps is None:
+            flat = self.signals.flatten(0, 1) if self.valid is None else self.signals[self.valid]
+            return Level(self.counts, nn.functional.pad(flat, (0, 0, 0, 1)))
+        flat = pool_steps(self.signals, steps).flatten(0, 1)
+        valid = None if self.valid is None else pool_steps(self.valid[..., None], steps).flatten() > 0
+        return Level((steps,) * self.items, nn.functional.pad(flat, (0, 0, 0, 1)), valid)
 
 
 @dataclass
@@ -149,14 +153,15 @@ class Placement:
         """From a value for each row, (..., R), to the mean of each step, (N, R)."""
         if self.index is None:
             return h.flatten(1, -2).mean(1) if h.dim() > 2 else h
-        flat = h.reshape(-1, h.shape[-1])
+        # Many rows of 16 bits, added up in 16 bits, lose what is small beside their sum.
+        flat = h.reshape(-1, h.shape[-1]).to(torch.promote_types(h.dtype, torch.float32))
         index = self.index.expand(h.shape[:-1]).reshape(-1)
         if self.rows is None:
             self.rows = torch.zeros(self.level.steps + 1, device=h.device).index_add_(
                 0, index, torch.ones_like(index, dtype=torch.float32)
             )
         total = flat.new_zeros(self.level.steps + 1, flat.shape[-1]).index_add(0, index, flat)
-        return (total / self.rows.clamp(min=1).to(h.dtype)[:, None])[:-1]
+        return (total / self.rows.clamp(min=1)[:, None])[:-1].to(h.dtype)
 
 
 class Clock:
@@ -437,12 +442,15 @@ class Tokens(Rule):
         runs: streams whose tokens lie in one unbroken run an item, a step each, however many there are.
         merge: patches merged into one token, where frames come packed.
         after: tokens without a time behind the last step of every item.
+        stride: input steps of a token in a run, where runs may be longer than their media; what lies behind has no
+            time. 0: a run is as long as its media.
     """
 
     ids: tuple[int, ...] = ()
     runs: tuple[str, ...] = ()
     merge: int = 1
     after: int = 0
+    stride: int = 0
 
     def place(self, clock: Clock, stream: None, shape: tuple[int, ...]) -> Placement | str:
         """See `Rule.place`."""
@@ -491,7 +499,14 @@ class Tokens(Rule):
             runs = _runs(where)
             if len(runs) != stream.items:
                 return f"{len(runs)} runs of {name} tokens, but {stream.items} items; one run for each was expected"
-            return _resampled(stream, tuple(runs)), rank
+            steps = runs
+            if self.stride:
+                steps = [min(run, -(-count // self.stride)) for run, count in zip(runs, stream.counts, strict=True)]
+            length, first = torch.tensor(runs, device=where.device), torch.tensor(steps, device=where.device)
+            stops, firsts = length.cumsum(0), first.cumsum(0) - first
+            item = torch.searchsorted(stops, rank.contiguous(), right=True).clamp(max=len(runs) - 1)
+            place = rank - (stops - length)[item]
+            return _resampled(stream, tuple(steps)), torch.where(place < first[item], firsts[item] + place, -1)
         level, device = stream.level(), where.device
         if stream.rows is None:
             each = (where.sum() - self.after * stream.items) // max(1, level.steps)
@@ -845,8 +860,14 @@ class Timekeeper:
         around, ids, beams = self._around, arguments.get("input_ids"), 1
         if around is not None and around.streams and ids is not None:
             streams, beams, start = around.streams, max(1, len(ids) // len(around.ids)), around.ids.shape[1]
+            cached = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
+            if cached + ids.shape[1] < start:
+                raise TimelineError(
+                    f"generate gave the model {ids.shape[1]} tokens of a prompt of {start}; expected all that are not "
+                    "cached at once. Leave prefill_chunk_size out."
+                )
             # What was said since is words, whatever it is.
-            said = torch.arange(ids.shape[1], device=ids.device) >= (start if ids.shape[1] >= start else 0)
+            said = cached + torch.arange(ids.shape[1], device=ids.device) >= start
             ids = ids.masked_fill(said, -1)
         else:
             streams = self._read(arguments)
