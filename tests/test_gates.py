@@ -369,6 +369,13 @@ def test_a_tower_that_sees_one_frame_at_a_time_has_no_neighbors():
         get_peft_model(model, config("GIT", model, kernel=3))
 
 
+def test_signals_that_no_layer_sees_are_refused():
+    settings = {"r": 2, "target_modules": "all-linear", "signals": ("motion", "novelty")}
+    with pytest.raises(GateError, match=r"fit none of the \d+ layers that see audio; expected some of flux, energy"):
+        get_peft_model(ARCHITECTURES["Whisper"](), TemporalLoraConfig(**settings))
+    get_peft_model(ARCHITECTURES["Whisper"](), TemporalLoraConfig(**settings, hidden=True))  # which needs no signals
+
+
 def test_unknown_architectures_are_refused():
     with pytest.raises(TimelineError, match="gpt2"):
         get_peft_model(ARCHITECTURES["GPT-2"](), TemporalLoraConfig(target_modules=["c_attn"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, AUDIO, IMAGE, VIDEO
 from batches import batch, generate_inputs
 from conformance import adapted, build, config
 from peft import get_peft_model
@@ -161,3 +161,43 @@ def test_a_class_without_the_part_that_hears_is_refused():
     decoder = tf.WhisperForCausalLM(ARCHITECTURES["Whisper"]().config)
     with pytest.raises(TimelineError, match=r"WhisperForCausalLM has no model.encoder"):
         get_peft_model(decoder, TemporalLoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_padding_is_no_neighbor(steps):
+    signals = torch.randn(2, 4, 1, generator=torch.Generator().manual_seed(0))
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    level = Stream(signals, valid).level(steps)
+    none = level.steps  # of no time
+    first, short = level.around(3)[:steps], level.around(3)[steps : steps + steps // 2]
+    assert first[0].tolist() == [none, 0, 1] and first[-1].tolist() == [steps - 2, steps - 1, none]
+    assert short[0, 0] == none and short[-1, 2] == none
+
+
+def test_tokens_behind_a_short_sound_have_no_time():
+    """Gemma 3n has as many tokens for every sound; here four, of which 4 and 36 mel frames fill one and three."""
+    model, given = adapted("Gemma3n"), batch("Gemma3n", sizes=(1, 3)).inputs
+    base, seen = model.get_base_model(), []
+    layer = base.model.language_model.layers[0].self_attn.q_proj
+    variant, keeper = layer.lora_variant["default"], timekeeper(base)
+    layer.register_forward_hook(lambda m, args, y: seen.append(keeper.clock.place(variant.rule, "q", args[0].shape)))
+    with torch.no_grad():
+        model(**given)
+    heard = given["input_ids"] == base.config.audio_token_id
+    timed = [seen[0].index[row][heard[row]] < seen[0].level.steps for row in (0, 1)]
+    assert [row.tolist() for row in timed] == [[True, False, False, False], [True, True, True, False]]
+
+
+def test_a_prompt_in_chunks_is_refused_and_one_half_cached_is_not():
+    model, asked = adapted("SmolVLM", moved=True), generate_inputs("SmolVLM")
+    with pytest.raises(TimelineError, match="of a prompt of"):
+        model.generate(**asked, prefill_chunk_size=4)
+    one = {key: value[:1] for key, value in asked.items() if isinstance(value, torch.Tensor)}
+    one = {**one, "do_sample": False, "max_new_tokens": 4, "suppress_tokens": [IMAGE, VIDEO, AUDIO]}
+    words = torch.randint(5, 200, (1, 3), generator=torch.Generator().manual_seed(0))
+    one["input_ids"] = torch.cat([words, one["input_ids"]], 1)
+    one["attention_mask"] = torch.cat([torch.ones_like(words), one["attention_mask"]], 1)
+    with torch.no_grad():
+        said = model.generate(**one)
+        cache = model(input_ids=words, use_cache=True).past_key_values
+        assert torch.equal(model.generate(**one, past_key_values=cache), said)
