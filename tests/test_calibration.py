@@ -243,6 +243,11 @@ def test_what_can_not_be_calibrated():
         calibrate(model, given, exclude=".*")
     with pytest.raises(RankError, match="loss of a batch is nan"):
         calibrate(model, [{**given[0], "input_features": given[0]["input_features"] * float("nan")}])
+    words = benchmark.task("video/none")
+    item = words.train(0)[0]
+    said = {name: item[name][item["input_ids"] != benchmark.IMAGE][None] for name in ("input_ids", "labels")}
+    with pytest.raises(RankError, match="activations of vision, which the first batch has to reach"):
+        calibrate(words.load(), [said], activations=True)
     with pytest.raises(RankError, match="adapters already"):
         calibrate(get_peft_model(task.load(), LoraConfig(target_modules=["fc1"])), given)
     broken = task.load()

@@ -149,6 +149,20 @@ def test_bytes_are_spent_as_well_as_brute_force_could(found, budget):
     assert worth(ranks) == pytest.approx(best, rel=1e-5, abs=1e-9)
 
 
+def test_of_two_towers_the_one_that_fits_is_adapted():
+    kept = np.array([[2000, 2000, 0, 0], [0, 0, 100, 100]], float)
+    names = {"kept": kept, "towers": ("vision", "text"), "order": ("a", "b", "c", "d")}
+    found = calibration([[9.0, 4.0], [9.0, 4.0], [1.0, 0.5], [1.0, 0.5]], [(4, 4)] * 4, **names)
+    rows = tuple(row._replace(region="vision" if row.name in "ab" else "text") for row in found.rows)
+    found = Calibration(rows, found.spectra, 1.0, kept, found.towers, found.order)
+    ranks = allocate_ranks(found, budget=Budget(bytes=1000), max_rank=2)
+    assert dict(ranks) == {"a": 0, "b": 0, "c": 2, "d": 2}  # a rank is 128 bytes, and text's set-up 200
+    assert len(ranks.notes) == 1 and ranks.notes[0].startswith("vision has no adapters: keeping its activations")
+    assert not allocate_ranks(found, budget=Budget(bytes=1000), max_rank=2, fixed={"vision": 0}).notes  # was asked for
+    more = allocate_ranks(found, budget=Budget(bytes=3000), max_rank=2)
+    assert more["b"] == 2 and not more.notes
+
+
 def test_a_tower_that_does_not_fit_is_left_out_and_named():
     task = benchmark.task("retrieval/palette")
     items = task.train(seed=0)
@@ -241,11 +255,22 @@ class Nested(nn.Module):
         self.inner = nn.Module()
         self.inner.fc = nn.Linear(4, 4)
         self.inner.xfc = nn.Linear(4, 4)
+        self.outer = nn.Module()
+        self.outer.inner = nn.Module()
+        self.outer.inner.fc = nn.Linear(4, 4)
 
 
-@pytest.mark.parametrize("wanted", [{"fc": 1}, {"fc": 2, "inner.fc": 1}, {"inner.fc": 3, "inner.xfc": 1, "fc": 2}])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"fc": 1},
+        {"fc": 2, "inner.fc": 1},
+        {"inner.fc": 3, "inner.xfc": 1, "fc": 2},
+        {"fc": 1, "outer.inner.fc": 2},
+    ],
+)
 def test_names_that_end_alike_are_kept_apart(wanted):
-    rows = tuple(Row(name, "text", (4, 4), 20, 32, 80) for name in ("fc", "inner.fc", "inner.xfc"))
+    rows = tuple(Row(name, "text", (4, 4), 20, 32, 80) for name in ("fc", "inner.fc", "inner.xfc", "outer.inner.fc"))
     ranks = Ranks({r.name: wanted.get(r.name, 0) for r in rows}, rows, "uniform", Budget(1), 0, {}, np.zeros((0, 2)))
     model = get_peft_model(Nested(), LoraConfig(**ranks.as_kwargs()))
     found = {n: m.r["default"] for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
@@ -332,6 +357,9 @@ def test_options_are_kept(audio):
     alike = allocate_ranks(audio, budget=budget, share=[r".*encoder\..*(q|k)_proj", r".*fc1"], max_rank=32)
     assert len({rank for name, rank in alike.items() if name.endswith("fc1")}) == 1
     assert len({alike[n] for n in alike if n.startswith("model.encoder") and n.endswith(("q_proj", "k_proj"))}) == 1
+    capped = allocate_ranks(audio, budget=Budget(parameters=10**6), max_rank=64)
+    assert max(capped.values()) == 32 and "have rank 32 because no more directions were calibrated" in capped.notes[0]
+    assert not allocate_ranks(audio, budget=Budget(parameters=10**6), max_rank=32).notes
     held = allocate_ranks(audio, budget=budget, fixed={"text": 0, r".*fc2": 3}, max_rank=32)
     assert all(
         held[r.name] == 3 if r.name.endswith("fc2") else not (held[r.name] and r.region == "text") for r in audio.rows
@@ -353,6 +381,7 @@ def test_mistakes_are_named(audio):
         ({"budget": budget, "fixed": {"text": -1}}, "the rank -1"),
         ({"budget": Budget(bytes=10)}, "needs calibrate"),
         ({"budget": budget, "method": "error"}, "give the model itself"),
+        ({"budget": budget, "exclude": ".*fc1"}, "give it to calibrate"),
     ):
         with pytest.raises(RankError, match=message):
             allocate_ranks(audio, **wrong)

@@ -5,10 +5,10 @@
     cd book && python -m experiments.ranks           # everything that is not in records/ yet
 
 All arms adapt the 4-bit base of a task with LoRA and train the same number of parameters: as many as uniform ranks of
-`BUDGETS` have. Every arm runs at every budget on the task `EVERY`; the main arms, those of `MAIN`, run at the
-smallest budget on all tasks of the models in `SCORED`. Each main arm has its learning rate chosen by the same rule for
-each model and budget, on the model's first task, and keeps it on the others; the rest, which are controls, keep that of
-the smallest budget.
+`BUDGETS` have. AdaLoRA has half as many again at the start, and prunes ranks down to the budget. Every arm runs at
+every budget on the task `EVERY`; the main arms, those of `MAIN`, run at the smallest budget on all tasks of the models
+in `SCORED`. Each main arm has its learning rate chosen by the same rule for each model and budget, on the model's first
+task, and keeps it on the others; the rest, which are controls, keep that of the smallest budget.
 """
 
 from __future__ import annotations
@@ -131,17 +131,20 @@ def build(
     ranks = ranks_of(load, found, allocation, config["budget"], seed)
     shares = {f"share {region}": float(share) for region, share in ranks.by_region()["share"].items()}
     settings: dict[str, Any] = ranks.as_kwargs()
-    method = start if start in ("eva", "pissa") else "lora"
+    method, quant_type = "lora", None
     if start == "eva":
+        method = "eva"
         settings |= {"batches": batches, "eva_config": EvaConfig(rho=1.0)}  # its start, with ranks as they are
-    elif start == "olora":
-        settings["init_lora_weights"] = "olora"
-    elif start == "pissa":
-        model = load()  # which it splits before it rounds
-    quant_type = "nf4" if start == "pissa" else None
+    elif start in ("pissa", "olora"):
+        # Both split the weights, which are rounded afterward.
+        model, method, quant_type = load(), "pissa", "nf4"
+        settings["init_lora_weights"] = start
     adapted = methods.adapt(model, method, quant_type=quant_type, rank=settings.pop("r"), seed=seed, **settings)
     if start == "spectral":
         found.start(adapted)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if trained != ranks.parameters:
+        raise RuntimeError(f"{config['arm']} trains {trained:,} parameters; its ranks have {ranks.parameters:,}")
     return adapted, shares
 
 
@@ -161,9 +164,11 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def rates() -> dict[tuple[str, str, int], float]:
-    """The learning rate of each arm, by model and budget."""
+    """The learning rate of each arm whose sweep is finished, by model and budget."""
     found = {}
     for key, scores in tuning.tried(RECORDS / "ranks_tuning.jsonl", score).items():
+        if tuning.wanted(scores, MIDDLE):
+            continue  # its sweep is not finished
         config = json.loads(key)
         model, arm, budget = config["task"].split("/")[0], config["arm"], config["budget"]
         for own in (budget,) if arm in MAIN else BUDGETS:

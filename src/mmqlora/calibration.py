@@ -440,19 +440,23 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _check_gradients(sums: Mapping[str, _Sum]) -> None:
-    def listed(names: Sequence[str]) -> str:
-        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
     broken = [name for name, s in sums.items() if not all(torch.isfinite(part).all() for part in s.parts.values())]
     if broken:
-        raise RankError(f"gradients or inputs that are not finite in {listed(broken)}; look at the batches.")
-    missed = [name for name, s in sums.items() if not s.parts]
-    if missed:
-        pattern = exact_pattern(missed, sums.keys() - set(missed))
-        raise RankError(
-            f"no gradient reached {len(missed)} of {len(sums)} Linears: {listed(missed)}. Give batches that use them, "
-            f'or leave them out, with exclude=r"{pattern}".'
-        )
+        raise RankError(f"gradients or inputs that are not finite in {_listed(broken)}; look at the batches.")
+    if missed := [name for name, s in sums.items() if not s.parts]:
+        raise _missed("no gradient reached", missed, sums)
+
+
+def _missed(what: str, missed: Sequence[str], names: Mapping[str, Any]) -> RankError:
+    pattern = exact_pattern(missed, names.keys() - set(missed))
+    return RankError(
+        f"{what} {len(missed)} of {len(names)} Linears: {_listed(missed)}. Give batches that use them, or leave them "
+        f'out, with exclude=r"{pattern}".'
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 # What adapters make a model keep
@@ -494,7 +498,12 @@ def _kept(
             stack.enter_context(_anchors({row.name: modules[row.name] for row in rows if row.region == tower}))
             keep = partial(pack, now=now, seen=seen, alive=alive, tower=tower)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-            _loss(model, batch, device)
+            try:
+                _loss(model, batch, device)
+            except RankError as error:
+                raise RankError(f"activations of {tower}, which the first batch has to reach: {error}") from error
+    if missed := [name for name in modules if name not in order]:
+        raise _missed("the first batch, on which activations are measured, does not reach", missed, modules)
     kept = np.zeros((len(towers), len(order)))
     for (tower, name), count in found.items():
         kept[towers.index(tower), order.get(name, 0)] += count

@@ -144,13 +144,13 @@ class Ranks(Mapping[str, int]):
         targets = [name for name, rank in self.ranks.items() if rank]
         if not targets:
             raise RankError(f"a budget of {self.budget} bought no rank. " + " ".join(self.notes))
-        # PEFT reads a name as the end of names.
+        # PEFT reads a name among the targets as the end of names, and a string as a whole one.
         excluded = [n for n, rank in self.ranks.items() if not rank and any(n.endswith(f".{t}") for t in targets)]
         usual = max(set(values := [self.ranks[name] for name in targets]), key=values.count)
         other = {f"^{re.escape(name)}": self.ranks[name] for name in targets if self.ranks[name] != usual}
         return {
             "target_modules": targets,
-            "exclude_modules": excluded or None,
+            "exclude_modules": "|".join(map(re.escape, excluded)) or None,
             "r": usual,
             "lora_alpha": scaling * usual,
             "rank_pattern": other,
@@ -203,7 +203,7 @@ class Ranks(Mapping[str, int]):
         figure, panels = plt.subplots(
             len(maps), 1, figsize=(7.2, 0.34 * sum(heights) + 0.6 * len(maps)), height_ratios=heights, squeeze=False
         )
-        top = max(1, table["rank"].max())
+        top = max(1, *(values.max().max() for values in maps.values()))
         for axes, (region, values) in zip(panels[:, 0], maps.items(), strict=True):
             small = values.shape[1] <= 16
             style = {"cmap": "cividis", "vmin": 0, "vmax": top, "linewidths": 0.5, "annot": small, "fmt": ".0f"}
@@ -314,6 +314,8 @@ def allocate_ranks(
     calibration = model if isinstance(model, Calibration) else None
     if calibration and budget.gpu is not None:
         raise RankError("a budget for a GPU needs the model and its batches; a calibration was given.")
+    if calibration and exclude is not None:
+        raise RankError(f"exclude={exclude!r} came with a calibration; give it to calibrate.")
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
     if calibration is None and (method in CALIBRATED or budget.parameters is None):
@@ -344,6 +346,13 @@ def allocate_ranks(
         for group, rank in zip(groups, taken, strict=True):
             ranks.update(dict.fromkeys(group.names, rank))
         bought = {row.name: tuple(gains[row.name][: ranks[row.name]].tolist()) for row in rows}
+        capped = [r.name for r in rows if 0 < ranks[r.name] == len(gains[r.name]) < min(max_rank, *r.shape)]
+        if capped:
+            found = max(len(gains[name]) for name in capped)
+            notes += (
+                f"{len(capped)} Linears have rank {found} because no more directions were calibrated; "
+                f"calibrate(..., directions={max_rank}) finds more.",
+            )
         spent = float(sum(ranks[row.name] * sum(row.shape) for row in rows))
         if budget.bytes is not None:
             spent = _bytes(ranks, rows, budget, calibration)
@@ -608,8 +617,11 @@ def _optimal(groups: Sequence[_Group], budget: Budget, calibration: Calibration)
     taken = [int(x[first[i] : first[i + 1]].sum()) for i in range(len(groups))]
     used = {region[name] for group, rank in zip(groups, taken, strict=True) if rank for name in group.names}
     notes = []
+    if solved.status == 1:
+        notes.append("The solver ran out of time: there may be a better choice.")
+    could = {region[name] for group in groups if group.most for name in group.names}
     for tower, name in enumerate(towers):
-        if name not in used:
+        if name in could - used:
             last = max(step[row.name] for row in calibration.rows if row.region == name)
             notes.append(
                 f"{name} has no adapters: keeping its activations would take {kept[tower].sum() / 1e6:,.1f} MB "
