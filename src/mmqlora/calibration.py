@@ -199,6 +199,8 @@ def calibrate(
     for each in sums.values():
         each.gather()
     _check_gradients(sums)
+    if activations and (missed := [name for name in sums if name not in order]):
+        raise _missed("the first batch, on which activations are measured, does not reach", missed, sums)
     spectra = {name: each.spectrum(directions, total) for name, each in sums.items()}
     return Calibration(tuple(rows), spectra, float(np.average(losses, weights=weights)), kept, towers, order)
 
@@ -502,8 +504,6 @@ def _kept(
                 _loss(model, batch, device)
             except RankError as error:
                 raise RankError(f"activations of {tower}, which the first batch has to reach: {error}") from error
-    if missed := [name for name in modules if name not in order]:
-        raise _missed("the first batch, on which activations are measured, does not reach", missed, modules)
     kept = np.zeros((len(towers), len(order)))
     for (tower, name), count in found.items():
         kept[towers.index(tower), order.get(name, 0)] += count
