@@ -2,15 +2,14 @@
 
     cd book && python -m experiments.ranks_cost
 
-The model of `temporal_cost`, 20 million parameters in NF4. A round does both, in an order by chance.
+The model of `temporal_cost`, 20 million parameters in NF4. A round does both, in an order by chance. Memory is counted
+tensor by tensor.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from experiments.temporal_cost import batch, build, peak
 from mmqlora import methods
 from mmqlora.calibration import calibrate
-from mmqlora.memory import measure
+from mmqlora.ledger import Ledger
 from mmqlora.records import append_record, make_record
 from mmqlora.training import _elements
 
@@ -53,13 +52,13 @@ def timed(function: Any) -> float:
     return time.process_time() - start
 
 
-def calibration_peak(_: str = "") -> int:
-    """Bytes that calibration needs beyond the model, in a process of its own."""
-    torch.set_num_threads(1)
-    given, model = batch(), base()
-    with measure() as memory:
-        calibrate(model, [given] * BATCHES, directions=RANK)
-    return memory.peak_bytes - memory.start_bytes
+def calibration_peak() -> int:
+    """Bytes that calibration needs beyond the model, with as many directions as it looks for by default."""
+    model = base()
+    with Ledger(model) as ledger:
+        before = ledger.total
+        calibrate(model, [batch()] * BATCHES)
+    return ledger.peak - before
 
 
 def main() -> None:
@@ -73,17 +72,13 @@ def main() -> None:
             taken = timed(function)
             if number >= 0:  # the first one warms up
                 seconds[name].append(taken)
-    needed = {}
-    for name, function, argument in (("calibration", calibration_peak, ""), ("step", peak, "lora")):
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            needed[name] = alone.submit(function, argument).result()
     ratios = [a / b for a, b in zip(seconds["gradient"], seconds["eva"], strict=True)]
     metrics = {
         "ratio": float(torch.tensor(ratios).median()),
         "seconds": sum(seconds["gradient"]) / ROUNDS,
         "EVA's seconds": sum(seconds["eva"]) / ROUNDS,
-        "peak": needed["calibration"],
-        "peak of a step": needed["step"],
+        "peak": calibration_peak(),
+        "peak of a step": peak("lora"),
     }
     config = {"batches": BATCHES, "rank": RANK, "parameters": sum(_elements(p) for p in base().parameters())}
     measured = {"metrics": metrics, "items": {"ratio": [round(ratio, 4) for ratio in ratios]}}

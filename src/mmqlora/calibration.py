@@ -126,7 +126,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     exclude: str | None = None,
-    directions: int = 64,
+    directions: int = 32,
     variances: bool = False,
     activations: bool = False,
     seed: int = 0,

@@ -261,7 +261,7 @@ def allocate_ranks(
     *,
     method: str = "gradient",
     min_rank: int = 0,
-    max_rank: int = 64,
+    max_rank: int = 32,
     fixed: Mapping[str, int] | None = None,
     share: Sequence[str] = (),
     fill: bool = False,
