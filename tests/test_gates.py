@@ -15,14 +15,16 @@ from architectures import ARCHITECTURES
 from batches import batch
 from conformance import adapted, build, config, linears, move
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft_suite import REFUSED, RUNS
 from torch import nn
 
 import mmqlora as mm
 from mmqlora import benchmark
 from mmqlora.errors import GateError, SignalError, TimelineError
 from mmqlora.gates import TemporalLoraConfig, explain
+from mmqlora.records import read_records
 from mmqlora.signals import audio_signals, video_signals
-from mmqlora.timeline import FAMILIES, Family, Frames, Nothing, Positions, family, frames, mel
+from mmqlora.timeline import FAMILIES, Family, Frames, Nothing, Positions, family, frames, mel, timekeeper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = {"hidden": True, "shift": True, "kernel": 3}
@@ -225,6 +227,43 @@ def test_transformers_loads_it_too(tmp_path, whisper):
     plain.load_adapter(str(tmp_path))
     with torch.no_grad():
         assert torch.equal(plain(**whisper).logits, model(**whisper).logits)
+
+
+def test_a_deleted_adapter_leaves_no_gates():
+    model, given = toy(), torch.randn(2, 5, 12, 3, 3, dtype=torch.double)
+    before = explain(model, pixel_values=given)
+    settings = model.peft_config["default"]
+    for _ in range(2):
+        model.delete_adapter("default")
+        with pytest.raises(GateError, match="no gates"):
+            explain(model, pixel_values=given)
+        model.add_adapter("default", settings)
+        model.set_adapter("default")
+    groups = timekeeper(model.get_base_model()).groups
+    assert all(len(layers) == 1 for layers in groups.values())  # or each forward pass would compute gates twice
+    after = explain(model.double(), pixel_values=given)
+    assert len(after) == len(before) and (after["gate"] == 1).all()
+
+
+def test_pefts_own_tests_fail_only_where_gates_refuse():
+    """What PEFT's tests of custom models gave, by `peft_suite.py`."""
+    records = read_records(Path(__file__).parent.parent / "book" / "records" / "peft_suite.jsonl")
+    runs = {record["config"]["run"]: record for record in records}
+    assert set(runs) == set(RUNS)
+    for name in ("gates", "open"):
+        assert runs[name]["gates_made"]["tests"] > 800 and runs[name]["gates_trained"]["tests"] > 30
+        assert set(runs[name]["worse_than_lora"]) <= set(REFUSED)
+        assert runs[name]["data"] == runs["lora"]["data"] and runs[name]["left_out"] == runs["lora"]["left_out"]
+
+
+def test_gates_are_trainable_where_their_adapter_is(tmp_path):
+    adapted("Whisper").save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("Whisper"), tmp_path)
+    assert not [name for name, p in model.named_parameters() if p.requires_grad]
+    model.load_adapter(str(tmp_path), "other", is_trainable=True)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".other" in name}
+    assert any("lora_gate" in name for name in trainable)
 
 
 def test_rank_pattern_sizes_the_gates():

@@ -307,6 +307,12 @@ class TemporalLoraModel(LoraModel):
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget its layers too: another adapter of that name would count them twice."""
+        super().delete_adapter(adapter_name)
+        if (keeper := self.model.__dict__.get("_mmqlora_time")) is not None:
+            keeper.groups = {key: layers for key, layers in keeper.groups.items() if key[0] != adapter_name}
+
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refused once a gate has moved: a weighted sum of updates that depend on the input is not of their kind."""
         if any(moved(layer, name) for layer in self.modules() if isinstance(layer, LoraLayer) for name in adapters):
