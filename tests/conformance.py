@@ -22,6 +22,7 @@ import torch
 from architectures import ARCHITECTURES, AUDIO, IMAGE, VIDEO
 from batches import BATCHES, GENERATIVE, MIXED, UNEQUAL, Batch, batch, generate_inputs
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import mmqlora as mm
@@ -29,7 +30,7 @@ from mmqlora.errors import GateError
 from mmqlora.gates import PARTS, TemporalLoraConfig
 from mmqlora.records import append_record, make_record
 from mmqlora.regions import regions
-from mmqlora.timeline import Tokens, timekeeper
+from mmqlora.timeline import Nothing, Tokens, timekeeper
 
 # PEFT asks every model for its input embeddings, and this one has none to give; plain LoRA fails on it in the same way.
 NOT_FOR_PEFT = ("PE-audio-video",)
@@ -143,6 +144,19 @@ def gates_get_gradients(name: str) -> str | None:
     return None
 
 
+def all_that_sees_media_is_gated(name: str) -> str | None:
+    """Every Linear but those that see words; where another is left plain, it is said why."""
+    model, left = adapted(name, quantize=False), {}
+    base = model.get_base_model()
+    for layer, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            rule = timekeeper(base).rule(layer)
+            assert isinstance(rule, Nothing) == ("default" not in getattr(module, "lora_gate", ())), layer
+            if isinstance(rule, Nothing) and rule.why:
+                left.setdefault(rule.why, layer.rpartition(".")[2])
+    return "; ".join(f"not {leaf}: {why}" for why, leaf in left.items()) or None
+
+
 def rows_have_their_time(name: str) -> str | None:
     """Noise on one step of one clip changes most the rows that the timeline gives to that step."""
     model, given = adapted(name), inputs(name)
@@ -244,6 +258,7 @@ def merging(name: str) -> str | None:
 PROPERTIES: dict[str, Callable[[str], str | None]] = {
     "starts at the base": starts_at_the_base,
     "gradient in every gate": gates_get_gradients,
+    "all that sees media": all_that_sees_media_is_gated,
     "rows have their time": rows_have_their_time,
     "padded and mixed batches": padded_batches,
     "saves and reloads": reloads,
