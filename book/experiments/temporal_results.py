@@ -94,6 +94,11 @@ class Results:
         long[["region", "measure", "kind"]] = long["name"].str.removeprefix("metrics.").str.split(" ", expand=True)
         return long.rename(columns={"config.task": "task"}).drop(columns="name")
 
+    def explained(self) -> pd.DataFrame:
+        """Held-out R² of single gradients, by task and region (rows) and kind of signal: means over seeds."""
+        own = self.pulls().query("measure == 'R2'")
+        return own.pivot_table("value", ["task", "region"], "kind")[["content", "shuffled", "time", "both"]]
+
     def plot_mechanism(self) -> Figure:
         """Agreement of the two halves, by task and region; a dot a seed, a bar at the mean."""
         long = self.pulls()
@@ -128,6 +133,18 @@ def conformance() -> pd.DataFrame:
     """The recorded test run: a row an architecture, a column a property; a check mark, or why it does not apply."""
     rows = {r["config"]["architecture"]: r["outcome"] for r in read_records(RECORDS / "conformance.jsonl")}
     return pd.DataFrame(rows).T.replace("yes", "✓")
+
+
+def pefts_own() -> str:
+    """What PEFT's tests of custom models gave, in a sentence."""
+    runs = {r["config"]["run"]: r for r in read_records(RECORDS / "peft_suite.jsonl")}
+    worse = [f"{why} ({len(tests)})" for why, tests in runs["gates"]["worse_than_lora"].items()]
+    total, opened = sum(runs["lora"]["counts"].values()), runs["open"]["worse_than_lora"]
+    return (
+        f"Of PEFT's own {total:,} tests of LoRA on custom models, {sum(map(len, runs['gates']['worse_than_lora'].values()))} "
+        f"pass with LoRA and fail with gates: {', '.join(worse)}. With gates that are open from the start it is "
+        f"{sum(map(len, opened.values()))}, of which {len(opened['merging open gates'])} merge."
+    )
 
 
 def gate_strip(table: pd.DataFrame, item: int, steps: int) -> np.ndarray:
