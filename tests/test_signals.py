@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmqlora as mm
 from mmqlora import SignalError
@@ -437,6 +438,23 @@ def test_pooling_takes_clips_of_their_own_lengths_to_their_own_steps(sizes):
             torch.testing.assert_close(row[:steps], pool_steps(clip[None, :length], int(steps))[0])
         assert (row[steps if length else 0 :] == 0).all()
     assert torch.equal(out, pool_steps(x, wanted.tolist(), torch.arange(12) < lengths[:, None]))
+
+
+def test_a_clip_of_one_step_costs_no_more_beside_one_of_many():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.size = max(self.size, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    x = torch.rand(2, 3000, 2)
+    with Largest() as made:
+        out = pool_steps(x, [1, 750])
+    assert made.size <= 2 * x.numel()
+    torch.testing.assert_close(out[0, 0], x[0].mean(0))
+    torch.testing.assert_close(out[1], x[1].unflatten(0, (750, 4)).mean(1))
 
 
 # For people

@@ -321,28 +321,33 @@ def pool_steps(signals: Tensor, steps: int | Sequence[int] | Tensor, valid: Tens
         SignalError: another shape, or steps that don't fit.
     """
     clips = _Clips(signals, valid, "signals", "(B, T, m)")
-    x, count, device = clips.x, clips.count, signals.device
+    x, count = clips.x, clips.count
     if isinstance(steps, int):
         if steps < 1:
             raise SignalError(f"steps={steps}; expected at least 1")
-        wanted, longest, shortest = torch.full_like(count, steps), steps, steps
-    else:
-        wanted = torch.as_tensor(steps, device=device)
-        if wanted.shape != count.shape or wanted.is_floating_point() or (wanted < 0).any():
-            raise SignalError(f"steps={steps}; expected an int or {len(count)} ints of 0 or more, one for each clip")
-        longest, shortest = int(wanted.max()), max(1, int(wanted[wanted > 0].min())) if (wanted > 0).any() else 1
-    wanted = wanted.long()
+        return _pooled(x, count, steps)
+    wanted = torch.as_tensor(steps)
+    if wanted.shape != count.shape or wanted.is_floating_point() or (wanted < 0).any():
+        raise SignalError(f"steps={steps}; expected an int or {len(count)} ints of 0 or more, one for each clip")
+    numbers = wanted.tolist()
+    out = x.new_zeros(len(x), max(numbers, default=0), x.shape[2])
+    # Clips of one number at a time: beside a clip of few steps, each of many, one of many would need as wide ones.
+    for number in sorted(set(numbers) - {0}):
+        rows = [row for row, other in enumerate(numbers) if other == number]
+        out[rows, :number] = _pooled(x[rows], count[rows], number)
+    return out
+
+
+def _pooled(x: Tensor, count: Tensor, steps: int) -> Tensor:
+    """The first `count` of the T steps of each clip as `steps` means, (B, T, m) to (B, S, m)."""
     # In units of 1/(S T) of the clip, step i is [i S, (i + 1) S) and bin j is [j T, (j + 1) T): integers, so exact.
-    low = torch.arange(longest, device=device)[None] * count[:, None]
+    low = torch.arange(steps, device=x.device)[None] * count[:, None]
     high = low + count[:, None]
-    spans = wanted.clamp(min=1)[:, None]
-    reach = torch.arange(-(-x.shape[1] // shortest) + 1, device=device)
-    index = (low // spans)[..., None] + reach  # (B, S, K), the few steps that a bin can touch
-    overlap = torch.minimum(high[..., None], (index + 1) * spans[..., None])
-    overlap = (overlap - torch.maximum(low[..., None], index * spans[..., None])).clamp(min=0)
-    weight = overlap / count.clamp(min=1)[:, None, None]
-    weight = weight * (torch.arange(longest, device=device) < wanted[:, None])[..., None]
-    rows = torch.arange(len(x), device=device)[:, None, None]
+    reach = torch.arange(-(-x.shape[1] // steps) + 1, device=x.device)
+    index = (low // steps)[..., None] + reach  # (B, S, K), the few steps that a bin can touch
+    overlap = torch.minimum(high[..., None], (index + 1) * steps) - torch.maximum(low[..., None], index * steps)
+    weight = overlap.clamp(min=0) / count.clamp(min=1)[:, None, None]
+    rows = torch.arange(len(x), device=x.device)[:, None, None]
     return (x[rows, index.clamp(max=max(0, x.shape[1] - 1))] * weight[..., None]).sum(2)
 
 
