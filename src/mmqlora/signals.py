@@ -224,7 +224,7 @@ def thumbnail_signals(
         SignalError: another shape, an unknown name or one for sound, or valid values that aren't finite.
     """
     chosen = _check_names(names, "video")
-    clips = _Clips(thumbnails, valid, "thumbnails", "(B, T, D)")
+    clips = _Clips(thumbnails, valid, "thumbnails", "(B, T, D)", least=1)
     x = clips.normalized(max(rounding, _rounding(thumbnails)), within_step=True)
     raw: dict[str, tuple[Tensor, Tensor]] = clips.places()
     if not {"motion", "novelty", "keyframe"}.isdisjoint(chosen) and x.shape[1] > 1:
@@ -276,7 +276,7 @@ def audio_signals(
         Minimum Statistics, 2001.
     """
     chosen = _check_names(names, "audio")
-    clips = _Clips(mel, valid, "mel", "(B, T, D)")
+    clips = _Clips(mel, valid, "mel", "(B, T, D)", least=1)
     z = clips.normalized(max(FLAT, _rounding(mel)), within_step=False)
     raw: dict[str, tuple[Tensor, Tensor]] = clips.places()
     if not {"flux", "onset"}.isdisjoint(chosen):
@@ -354,9 +354,10 @@ def _pooled(x: Tensor, count: Tensor, steps: int) -> Tensor:
 class _Clips:
     """A batch of clips whose valid steps were moved to the front, and what all signals need of it."""
 
-    def __init__(self, x: Tensor, valid: Tensor | None, name: str, shape: str) -> None:
-        if x.ndim != 3 or not x.shape[1] or x.is_complex():
-            raise SignalError(f"{name} of shape {tuple(x.shape)} and type {x.dtype}; expected real {shape}, T above 0")
+    def __init__(self, x: Tensor, valid: Tensor | None, name: str, shape: str, least: int = 0) -> None:
+        if x.ndim != 3 or not x.shape[1] or x.shape[2] < least or x.is_complex():
+            above = "T and D above 0" if least else "T above 0"
+            raise SignalError(f"{name} of shape {tuple(x.shape)} and type {x.dtype}; expected real {shape}, {above}")
         if valid is not None and valid.shape != x.shape[:2]:
             raise SignalError(f"valid of shape {tuple(valid.shape)} for {name} {tuple(x.shape)}; expected (B, T)")
         x = x.detach().float()
