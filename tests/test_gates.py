@@ -427,6 +427,10 @@ def test_unloading_leaves_the_model_as_it_was():
     assert "generate" not in bare.__dict__ and set(bare.__dict__) <= {*plain.__dict__, "peft_config"}
 
 
+def test_one_signal_may_come_by_its_name_alone():
+    assert TemporalLoraConfig(target_modules=[], signals="motion").signals == ("motion",)
+
+
 def test_the_type_is_known_to_peft():
     assert isinstance(TemporalLoraConfig(target_modules=[]), LoraConfig)
     assert TemporalLoraConfig(target_modules=[]).peft_type.value == "TEMPORAL_LORA"

@@ -78,7 +78,7 @@ class TemporalLoraConfig(LoraConfig):
     decoder that reads both. Linears that see words only are plain LoRA.
 
     Args:
-        signals: names in `signals.SIGNALS`.
+        signals: names in `signals.SIGNALS`, or one name.
         gate: open and close the ranks by the signals.
         hidden: open and close them by the step's mean bottleneck state as well. It scored best in the book's
             experiment, for a little more time.
@@ -92,7 +92,7 @@ class TemporalLoraConfig(LoraConfig):
         TimelineError: later, when the model's architecture has no known time.
     """
 
-    signals: tuple[str, ...] = field(default=DEFAULT_SIGNALS)
+    signals: str | tuple[str, ...] = field(default=DEFAULT_SIGNALS)
     gate: bool = True
     hidden: bool = False
     shift: bool = False
@@ -103,7 +103,7 @@ class TemporalLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TemporalLoraType.TEMPORAL_LORA
-        self.signals = tuple(self.signals)
+        self.signals = (self.signals,) if isinstance(self.signals, str) else tuple(self.signals)
         for name in self.signals:
             _check_names([name], SIGNALS.get(name, ("video",))[0])
         if self.kernel < 0 or (self.kernel and self.kernel % 2 == 0):
