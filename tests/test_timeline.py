@@ -117,6 +117,16 @@ def test_generation_leaves_nothing_behind():
         assert torch.equal(model(**given).loss, before)
 
 
+def test_videos_are_captioned_without_a_prompt():
+    model = adapted("GIT", moved=True)
+    pixels = batch("GIT").inputs["pixel_values"]
+    start = torch.full((len(pixels), 1), model.config.bos_token_id)
+    for more in ({}, {"num_beams": 2}):
+        more = {**more, "pixel_values": pixels, "max_new_tokens": 4, "do_sample": False}
+        asked = {**more, "input_ids": start, "attention_mask": torch.ones_like(start)}
+        assert torch.equal(model.generate(**more), model.generate(**asked))
+
+
 def test_merged_frames_take_the_mean_of_their_signals():
     """ViViT's tokens stand for four frames each; its class token for none."""
     task = mm.benchmark.TASKS["retrieval/none"]

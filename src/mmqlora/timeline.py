@@ -859,7 +859,12 @@ class Timekeeper:
         arguments = {**dict(zip(order, args, strict=False)), **kwargs}
         around, ids, beams = self._around, arguments.get("input_ids"), 1
         if around is not None and around.streams and ids is not None:
-            streams, beams, start = around.streams, max(1, len(ids) // len(around.ids)), around.ids.shape[1]
+streams = around.streams
+            # Without a prompt `generate` begins one of its own, for each item.
+            items, start = next(iter(streams.values())).items, 0
+            if around.ids is not None:
+                items, start = around.ids.shape
+            beams = max(1, len(ids) // max(1, items))
             cached = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
             if cached + ids.shape[1] < start:
                 raise TimelineError(
