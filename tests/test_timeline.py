@@ -77,6 +77,13 @@ def test_frames_without_clips_are_refused():
         model.add_adapter("other", TemporalLoraConfig(target_modules=r"vision_model\..*q_proj", clip_frames=4))
 
 
+@pytest.mark.parametrize("name", ["GIT", "VideoMAE", "X-CLIP"])
+def test_clip_frames_is_no_advice_where_it_is_not_read(name):
+    model, given = adapted(name), batch(name).inputs
+    with pytest.raises(TimelineError, match=r"which clips\? Expected \(clips, frames, C, H, W\)\.$"), torch.no_grad():
+        model(**{**given, "pixel_values": given["pixel_values"].flatten(0, 1)})
+
+
 def test_a_decoder_takes_only_the_encoder_output_that_is_known():
     model = adapted("Whisper", moved=True)
     given, other = batch("Whisper").inputs, batch("Whisper", seed=1).inputs

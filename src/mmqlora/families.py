@@ -145,7 +145,7 @@ def _timesformer(config: Any, **_: Any) -> Family:
 @family("clip", "siglip")
 def _clip(config: Any, clip_frames: int | None = None, **_: Any) -> Family:
     return Family(
-        {"video": frames(clip=clip_frames)},
+        {"video": frames(clip=clip_frames or 0)},
         [(r"(vision_model|visual_projection)\b", Frames(VIDEO)), ("", TEXT)],
         entries=["vision_model"],
     )

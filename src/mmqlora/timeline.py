@@ -569,7 +569,7 @@ def frames(
     Args:
         argument: name of the argument of the model's ``forward``.
         drop_zeros: leave out frames that are all zeros, as SmolVLM does.
-        clip: frames of every clip.
+        clip: frames of every clip; 0 where ``clip_frames`` is yet to tell, None where it can't.
         token: the id of the tokens of a frame: the frames of a sample are one clip.
     """
 
@@ -581,9 +581,10 @@ def frames(
             pixels, valid = _by_clip(pixels, _images(arguments.get("input_ids"), token, len(pixels), argument))
         elif pixels.dim() == 4:
             if not clip or len(pixels) % clip:
+                told = f", or TemporalLoraConfig(clip_frames=...) with a number that divides {len(pixels)}"
                 raise TimelineError(
                     f"{argument} has the shape {tuple(pixels.shape)}: frames of which clips? Expected (clips, frames, "
-                    f"C, H, W), or TemporalLoraConfig(clip_frames=...) with a number that divides {len(pixels)}."
+                    f"C, H, W){'' if clip is None else told}."
                 )
             pixels = pixels.unflatten(0, (-1, clip))
         if drop_zeros:
