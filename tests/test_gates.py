@@ -156,6 +156,30 @@ def test_explain_tells_the_gates_by_step():
     assert (first["gate"] == 1).all()  # before the first frame there is nothing to move from
     with pytest.raises(GateError, match="no gates"):
         explain(Toy(), pixel_values=given)
+    for parts in ({"shift": True}, {"kernel": 3}):
+        with pytest.raises(GateError, match="default: only a shift or a kernel"):
+            explain(toy(gate=False, **parts), pixel_values=given)
+    with model.disable_adapter():
+        nothing = explain(model, pixel_values=given)
+    assert not len(nothing) and list(nothing.columns) == list(table.columns)
+
+
+def test_explain_tells_of_each_frame_what_the_call_for_it_did():
+    model = build("GIT")
+    model = get_peft_model(model, config("GIT", model, signals=("motion",), hidden=True)).eval()
+    move(model)
+    given = batch("GIT").inputs
+    name = "git.image_encoder.vision_model.encoder.layers.0.self_attn.q_proj"
+    layer, states = model.get_base_model().get_submodule(name), []
+    layer.lora_A["default"].register_forward_hook(lambda module, args, h: states.append(h.mean(1)))
+    table = explain(model, **given)
+    assert not table.duplicated(["layer", "item", "step"]).any()
+    mean = torch.stack(states, 1)  # (items, frames, R)
+    unit = mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + 1e-12)
+    phi = video_signals(given["pixel_values"], names="motion")
+    gate = 1 + torch.tanh(10 * (phi @ layer.lora_gate["default"] + unit @ layer.lora_hidden["default"]))
+    own = table[table["layer"] == name].sort_values(["item", "step"])
+    np.testing.assert_allclose(own["gate"].to_numpy(), gate.mean(-1).flatten().detach().numpy(), rtol=1e-4)
 
 
 # PEFT's life

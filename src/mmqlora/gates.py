@@ -170,7 +170,7 @@ class TemporalLora(LoraVariant):
             gate = 1 + torch.tanh(change if gate is None else gate + change)
         if gate is not None:
             if self.keeper.record is not None:
-                self.keeper.record.append((self.name, adapter, place.level, gate))
+                self.keeper.record.append((self.name, adapter, place, gate))
             new = new * place.spread(gate.to(h.dtype), x.shape)
         added = None
         if adapter in module.lora_shift:
@@ -354,6 +354,10 @@ def explain(model: nn.Module, **batch: Any) -> pd.DataFrame:
     keeper = next((m.__dict__["_mmqlora_time"] for m in model.modules() if "_mmqlora_time" in m.__dict__), None)
     if keeper is None or not keeper.groups:
         raise GateError("the model has no gates; get_peft_model(model, TemporalLoraConfig(...)) adds them")
+    layers = [(adapter, layer) for (adapter, _), group in keeper.groups.items() for layer in group]
+    if not any(adapter in layer.lora_gate or adapter in layer.lora_hidden for adapter, layer in layers):
+        names = ", ".join(sorted({adapter for adapter, _ in layers}))
+        raise GateError(f"{names}: only a shift or a kernel, no gates; expected gate=True or hidden=True in the config")
     keeper.record = []
     try:
         with torch.no_grad():
@@ -362,15 +366,19 @@ def explain(model: nn.Module, **batch: Any) -> pd.DataFrame:
     finally:
         keeper.record = None
     tables = []
-    for name, adapter, level, gate in recorded:
+    for name, adapter, place, gate in recorded:
+        level = place.level
         steps = [(item, step) for item, count in enumerate(level.counts) for step in range(count)]
-        table = pd.DataFrame(steps, columns=["item", "step"])
-        values = gate[: level.steps].float().cpu()
+        # A tower that is called once a frame sees one step of each item at a time.
+        seen = range(level.steps) if place.index is None else place.index[place.index < level.steps].unique().tolist()
+        table = pd.DataFrame([steps[number] for number in seen], columns=["item", "step"])
+        values = gate[list(seen)].float().cpu()
         table.insert(0, "adapter", adapter)
         table.insert(0, "layer", name)
         table["gate"], table["low"], table["high"] = values.mean(1), values.amin(1), values.amax(1)
         tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["layer", "item", "step", "gate"])
+    columns = ["layer", "adapter", "item", "step", "gate", "low", "high"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[TemporalLoraType.TEMPORAL_LORA] = TemporalLoraConfig  # type: ignore[index]
