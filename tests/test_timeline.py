@@ -84,6 +84,45 @@ def test_clip_frames_is_no_advice_where_it_is_not_read(name):
         model(**{**given, "pixel_values": given["pixel_values"].flatten(0, 1)})
 
 
+@pytest.mark.parametrize("name", ["CLIP", "X-CLIP"])
+def test_features_alone_are_those_of_the_whole(name):
+    model, given = adapted(name, moved=True), batch(name).inputs
+    look = model.get_video_features if name == "X-CLIP" else model.get_image_features
+    whole = model(**given)
+    embeds = whole.video_embeds if name == "X-CLIP" else whole.image_embeds
+    alone = look(given["pixel_values"]).pooler_output
+    assert torch.allclose(alone / alone.norm(dim=-1, keepdim=True), embeds, rtol=1e-5, atol=1e-6)
+    said = {key: given[key] for key in ("input_ids", "attention_mask")}
+    text = model.get_text_features(**said).pooler_output
+    look(pixel_values=batch(name, seed=1).inputs["pixel_values"])
+    assert torch.equal(look(pixel_values=given["pixel_values"]).pooler_output, alone)
+    with pytest.raises(TimelineError, match="no video came"):  # what comes later has no time of its own
+        model.get_base_model().visual_projection(torch.zeros(8, 64))
+    with pytest.raises(TimelineError, match="which clips"):
+        look(pixel_values=torch.zeros(3, 3, 16, 16))
+    with pytest.raises(TimelineError, match="no video came"):
+        model.get_base_model().visual_projection(torch.zeros(8, 64))
+    for key, parameter in model.named_parameters():
+        if "lora_gate" in key:
+            parameter.data.zero_()
+    assert torch.equal(model.get_text_features(**said).pooler_output, text)  # words are plain LoRA
+    assert not torch.equal(look(pixel_values=given["pixel_values"]).pooler_output, alone)
+
+
+def test_features_alone_are_trained_with_checkpointing():
+    pixels, gradients = batch("CLIP").inputs["pixel_values"], []
+    for checkpointing in (False, True):
+        model = adapted("CLIP", moved=True).train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        features = [model.get_image_features(pixel_values=x).pooler_output for x in (pixels, 0.1 * pixels.flip(0) ** 2)]
+        sum(part.square().sum() for part in features).backward()
+        gates = {key: gate for key, gate in model.named_parameters() if "lora_gate" in key}
+        gradients.append({key: gate.grad for key, gate in gates.items() if gate.grad is not None})
+    assert gradients[0]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_a_decoder_takes_only_the_encoder_output_that_is_known():
     model = adapted("Whisper", moved=True)
     given, other = batch("Whisper").inputs, batch("Whisper", seed=1).inputs

@@ -148,6 +148,7 @@ def _clip(config: Any, clip_frames: int | None = None, **_: Any) -> Family:
         {"video": frames(clip=clip_frames or 0)},
         [(r"(vision_model|visual_projection)\b", Frames(VIDEO)), ("", TEXT)],
         entries=["vision_model"],
+        methods=["get_image_features"],
     )
 
 
@@ -163,6 +164,7 @@ def _xclip(config: Any, **_: Any) -> Family:
             (r"prompts_generator\.", Nothing("words, and patches that are averaged over the frames")),
             ("", TEXT),
         ],
+        methods=["get_video_features"],
     )
 
 

@@ -721,12 +721,14 @@ class Family:
             first one that matches counts.
         towers: modules whose calls are counted.
         entries: modules that may be called without the model around them, as ``generate`` calls encoders.
+        methods: names of methods that run parts of the model outside its ``forward``.
     """
 
     media: Mapping[str, Reader]
     rules: Sequence[tuple[str, Rule]]
     towers: Sequence[str] = ()
     entries: Sequence[str] = ()
+    methods: Sequence[str] = ()
 
     def rule(self, name: str) -> Rule | None:
         """The rule of a Linear, by its full name; None if there is none."""
@@ -793,7 +795,10 @@ class Timekeeper:
             module = self._part(model, path)
             self._handles.append(module.register_forward_pre_hook(partial(self._count, path)))
         if hasattr(model, "generate") and not family.entries:
-            model.__dict__["generate"] = _Generate(model.generate, self)
+            model.__dict__["generate"] = _Method(model.generate, self, self.generating)
+        for name in family.methods:
+            if hasattr(model, name):
+                model.__dict__[name] = _Method(getattr(model, name), self, self.outside)
 
     def _part(self, model: nn.Module, path: str) -> nn.Module:
         try:
@@ -819,7 +824,7 @@ class Timekeeper:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for name in ("generate", "_mmqlora_time"):
+        for name in ("generate", *self.family.methods, "_mmqlora_time"):
             model.__dict__.pop(name, None)
         for block in self._blocks:
             if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), _Remembering):
@@ -849,6 +854,18 @@ class Timekeeper:
                 yield
         finally:
             self._around = before
+
+    @contextmanager
+    def outside(self, arguments: Arguments) -> Iterator[None]:
+        """Keep the media for one of the family's methods, whose towers and projections then belong to one pass."""
+        clock = Clock(self._read(arguments), width=len(self.names))
+        self._inside = 1
+        self._remember()
+        try:
+            with self.at(clock):
+                yield
+        finally:
+            self._inside = 0
 
     def _read(self, arguments: Arguments) -> dict[str, Stream]:
         with torch.no_grad():
@@ -881,10 +898,13 @@ streams = around.streams
                 streams, beams = self._carried(arguments["encoder_outputs"][0])
         self.clock = Clock(streams, ids, len(self.names), beams)
         if module.training:
-            for block in self._blocks:
-                function = block.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and not isinstance(function, _Remembering):
-                    block._gradient_checkpointing_func = _Remembering(function, self)
+            self._remember()
+
+    def _remember(self) -> None:
+        for block in self._blocks:
+            function = block.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Remembering):
+                block._gradient_checkpointing_func = _Remembering(function, self)
 
     def _stop(self, *_: Any) -> None:
         self._inside = 0
@@ -922,18 +942,20 @@ streams = around.streams
         )
 
 
-class _Generate:
-    """A model's ``generate``, with the clock set to its media. A class, as a function would not follow a deep copy."""
+class _Method:
+    """A method of a model, with the clock set to its media. A class, as a function would not follow a deep copy."""
 
-    def __init__(self, function: Callable[..., Any], keeper: Timekeeper) -> None:
-        self.function, self.keeper = function, keeper
+    def __init__(self, function: Callable[..., Any], keeper: Timekeeper, during: Callable[..., Any]) -> None:
+        self.function, self.keeper, self.during = function, keeper, during
         self.__signature__ = inspect.signature(function)
-        self.__doc__, self.__name__ = function.__doc__, "generate"
+        self.__doc__, self.__name__ = function.__doc__, function.__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.keeper._inside:  # a forward pass, which has read the media
+            return self.function(*args, **kwargs)
         bound = self.__signature__.bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {}) | bound.pop("generate_kwargs", {})
-        with self.keeper.generating({**bound, **extra}):
+        with self.during({**bound, **extra}):
             return self.function(*args, **kwargs)
 
 
