@@ -451,6 +451,47 @@ def test_unloading_leaves_the_model_as_it_was():
     assert "generate" not in bare.__dict__ and set(bare.__dict__) <= {*plain.__dict__, "peft_config"}
 
 
+def untouched(model: nn.Module) -> bool:
+    hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    return not hooks and not {"generate", "get_image_features", "_mmqlora_time"} & set(model.__dict__)
+
+
+def test_the_last_adapter_takes_the_clock_with_it():
+    base, given = build("CLIP").eval(), batch("CLIP").inputs
+    queries = {"r": 2, "target_modules": r"vision_model\..*q_proj"}
+    with torch.no_grad():
+        expected = base(**given).loss
+        model = get_peft_model(base, TemporalLoraConfig(**queries, clip_frames=4, hidden=True)).eval()
+        model.add_adapter("other", TemporalLoraConfig(**queries, clip_frames=4))
+        move(model)
+        model.delete_adapter("default")
+        assert not untouched(base) and not torch.equal(model(**given).loss, expected)  # the other keeps it
+        model.delete_adapter("other")
+        assert untouched(base) and torch.equal(base(**given).loss, expected)
+        model.add_adapter("default", TemporalLoraConfig(**queries, clip_frames=2))
+        move(model)
+        model.set_adapter("default")
+        assert len(explain(model, **given).query("layer == layer[0]").groupby("item")) == 4
+
+
+def test_what_fails_leaves_the_model_as_it_was():
+    base = build("CLIP")
+    names = [name for name, _ in base.named_modules()]
+    norms = {"r": 2, "target_modules": r"vision_model\..*(q_proj|layer_norm2)"}  # PEFT refuses the norm behind
+    queries = {"r": 2, "target_modules": r"vision_model\..*q_proj"}
+    with pytest.raises(ValueError, match="LayerNorm"):
+        get_peft_model(base, TemporalLoraConfig(**norms, clip_frames=3))
+    assert untouched(base) and [name for name, _ in base.named_modules()] == names
+    model = get_peft_model(base, TemporalLoraConfig(**queries, clip_frames=4)).eval()
+    move(model)
+    with torch.no_grad():
+        expected = model(**batch("CLIP").inputs).loss
+        with pytest.raises(ValueError, match="LayerNorm"):
+            model.add_adapter("other", TemporalLoraConfig(**norms))
+        assert torch.equal(model(**batch("CLIP").inputs).loss, expected)
+        assert list(model.peft_config) == ["default"] and not [n for n, _ in model.named_parameters() if "other" in n]
+
+
 def test_one_signal_may_come_by_its_name_alone():
     assert TemporalLoraConfig(target_modules=[], signals="motion").signals == ("motion",)
 

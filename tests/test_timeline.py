@@ -217,6 +217,7 @@ def test_a_class_without_the_part_that_hears_is_refused():
     decoder = tf.WhisperForCausalLM(ARCHITECTURES["Whisper"]().config)
     with pytest.raises(TimelineError, match=r"WhisperForCausalLM has no model.encoder"):
         get_peft_model(decoder, TemporalLoraConfig(target_modules="all-linear"))
+    assert not decoder._forward_pre_hooks and not decoder._forward_hooks
 
 
 @pytest.mark.parametrize("steps", [4, 2])

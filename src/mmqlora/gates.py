@@ -300,6 +300,29 @@ class TemporalLoraModel(LoraModel):
         variant.init(layer, adapter_name)
         keeper.groups.setdefault((adapter_name, rule), []).append(layer)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, or leave the model as it was."""
+        first = not any(isinstance(layer, LoraLayer) for layer in model.modules())
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if first:
+                self.unload()
+            else:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and with the last one that knows the time the model's clock."""
+        super().delete_adapter(adapter_name)
+        if (keeper := self.model.__dict__.get("_mmqlora_time")) is None:
+            return
+        for key in [key for key in keeper.groups if key[0] == adapter_name]:
+            for layer in keeper.groups.pop(key):
+                layer.lora_variant.pop(adapter_name, None)
+        if not keeper.groups:
+            keeper.remove(self.model)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:

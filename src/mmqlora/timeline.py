@@ -784,16 +784,16 @@ class Timekeeper:
         self._around: Clock | None = None  # of the call of `generate` that is under way
         self._encoded: tuple[torch.Tensor, Clock] | None = None  # what an entry gave when it was called alone
         self._blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._handles = [*self._listen(model, self._start, self._stop)]
         # Families name parts as they are called where a head is on top. Alone, or with another head, a model may have
         # them without the first name.
         below = any(pattern.startswith(r"model\.") for pattern, _ in family.rules)
         self._lacks = "model." if below and not hasattr(model, "model") else ""
+        parts = {path: self._part(model, path) for path in (*family.entries, *family.towers)}  # or refuse the model
+        self._handles = self._listen(model, self._start, self._stop)
         for path in family.entries:
-            self._handles += self._listen(self._part(model, path), self._enter, self._leave)
+            self._handles += self._listen(parts[path], self._enter, self._leave)
         for path in family.towers:
-            module = self._part(model, path)
-            self._handles.append(module.register_forward_pre_hook(partial(self._count, path)))
+            self._handles.append(parts[path].register_forward_pre_hook(partial(self._count, path)))
         if hasattr(model, "generate") and not family.entries:
             model.__dict__["generate"] = _Method(model.generate, self, self.generating)
         for name in family.methods:
@@ -877,7 +877,7 @@ class Timekeeper:
         arguments = {**dict(zip(order, args, strict=False)), **kwargs}
         around, ids, beams = self._around, arguments.get("input_ids"), 1
         if around is not None and around.streams and ids is not None:
-streams = around.streams
+            streams = around.streams
             # Without a prompt `generate` begins one of its own, for each item.
             items, start = next(iter(streams.values())).items, 0
             if around.ids is not None:
