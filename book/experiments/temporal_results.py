@@ -138,12 +138,12 @@ def conformance() -> pd.DataFrame:
 def pefts_own() -> str:
     """What PEFT's tests of custom models gave, in a sentence."""
     runs = {r["config"]["run"]: r for r in read_records(RECORDS / "peft_suite.jsonl")}
-    worse = [f"{why} ({len(tests)})" for why, tests in runs["gates"]["worse_than_lora"].items()]
-    total, opened = sum(runs["lora"]["counts"].values()), runs["open"]["worse_than_lora"]
+    worse, opened = (runs[name]["worse_than_lora"] for name in ("gates", "open"))
+    why = ", ".join(f"{reason} ({len(tests)})" for reason, tests in worse.items())
+    total, count, more = sum(runs["lora"]["counts"].values()), *(sum(map(len, own.values())) for own in (worse, opened))
     return (
-        f"Of PEFT's own {total:,} tests of LoRA on custom models, {sum(map(len, runs['gates']['worse_than_lora'].values()))} "
-        f"pass with LoRA and fail with gates: {', '.join(worse)}. With gates that are open from the start it is "
-        f"{sum(map(len, opened.values()))}, of which {len(opened['merging open gates'])} merge."
+        f"Of PEFT's own {total:,} tests of LoRA on custom models, {count} pass with LoRA and fail with gates: {why}. "
+        f"With gates that are open from the start it is {more}, of which {len(opened['merging open gates'])} merge."
     )
 
 

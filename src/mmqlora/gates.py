@@ -251,20 +251,6 @@ class TemporalLoraModel(LoraModel):
         """Call the model with its hooks, which PEFT's own tuners pass by."""
         return self.model(*args, **kwargs)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Refuse signals of which no layer sees any: all would be plain LoRA, and nobody would be told."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        keeper = model.__dict__.get("_mmqlora_time")
-        groups = {rule: own for (name, rule), own in (keeper.groups if keeper else {}).items() if name == adapter_name}
-        layers = [layer for own in groups.values() for layer in own]
-        if layers and not any(adapter_name in getattr(layer, part, ()) for layer in layers for part in PARTS):
-            kinds = sorted({kind for rule in groups for kind in rule.modalities})
-            fit = [name for name, (kind, _) in SIGNALS.items() if kind in (*kinds, "both")]
-            raise GateError(
-                f"signals={self.peft_config[adapter_name].signals} fit none of the {len(layers)} layers that see "
-                f"{' and '.join(kinds)}; expected some of {', '.join(fit)}"
-            )
-
     def _create_and_replace(
         self,
         lora_config: TemporalLoraConfig,
@@ -305,12 +291,26 @@ class TemporalLoraModel(LoraModel):
         first = not any(isinstance(layer, LoraLayer) for layer in model.modules())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_signals(adapter_name)
         except Exception:
             if first:
                 self.unload()
             else:
                 self.delete_adapter(adapter_name)
             raise
+
+    def _check_signals(self, adapter: str) -> None:
+        """Refuse signals of which no layer sees any: all would be plain LoRA, and nobody would be told."""
+        keeper = self.model.__dict__.get("_mmqlora_time")
+        groups = {rule: own for (name, rule), own in (keeper.groups if keeper else {}).items() if name == adapter}
+        layers = [layer for own in groups.values() for layer in own]
+        if layers and not any(adapter in getattr(layer, part) for layer in layers for part in PARTS):
+            kinds = sorted({kind for rule in groups for kind in rule.modalities})
+            fit = [name for name, (kind, _) in SIGNALS.items() if kind in (*kinds, "both")]
+            raise GateError(
+                f"signals={self.peft_config[adapter].signals} fit none of the {len(layers)} layers that see "
+                f"{' and '.join(kinds)}; expected some of {', '.join(fit)}"
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and with the last one that knows the time the model's clock."""
@@ -329,12 +329,6 @@ class TemporalLoraModel(LoraModel):
             raise GateError("adapter_names mixes adapters in a batch, which gates over time don't support")
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget its layers too: another adapter of that name would count them twice."""
-        super().delete_adapter(adapter_name)
-        if (keeper := self.model.__dict__.get("_mmqlora_time")) is not None:
-            keeper.groups = {key: layers for key, layers in keeper.groups.items() if key[0] != adapter_name}
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refused once a gate has moved: a weighted sum of updates that depend on the input is not of their kind."""
