@@ -62,19 +62,32 @@ class Results:
         found = self.shares().query("task == @task and method == @method and region == @region and budget == @budget")
         return float(found["share"].mean())
 
+    def table(self) -> pd.DataFrame:
+        """Share of the tower that sees or hears by the gradient, by task and budget, beside that of uniform ranks."""
+        long = self.shares()
+        long = long[
+            (long["region"] == "audio") | ((long["region"] == "vision") & ~long["task"].str.startswith("audio"))
+        ]
+        means = long.pivot_table("share", "task", ["method", "budget"])
+        table = means["gradient"].add_prefix("budget ")
+        table["uniform"] = means["uniform"].mean(axis=1)
+        return table.loc[list(itertools.chain(*TASKS.values()))]
+
     def stability(self) -> pd.DataFrame:
-        """Spearman's correlation of the Linears' expected gains: between seeds, and between one batch and four."""
-        gains = {(r["config"]["task"], r["seed"], r["config"]["batches"]): r["items"]["gain"] for r in self.records}
+        """Spearman's correlation of the Linears' expected gains from other items: of four batches, and of one and four.
+
+        No two share an item.
+        """
+        gains = {(r["config"]["task"], r["config"]["batches"], r["seed"]): r["items"]["gain"] for r in self.records}
         rows = []
         for task in itertools.chain(*TASKS.values()):
-            four = [gain for (name, _, batches), gain in gains.items() if name == task and batches == 4]
-            pairs = [spearmanr(a, b).statistic for a, b in itertools.combinations(four, 2)]
-            few = [
-                spearmanr(gain, gains[name, seed, 4]).statistic
-                for (name, seed, batches), gain in gains.items()
-                if name == task and batches == 1
-            ]
-            rows.append({"task": task, "between seeds": np.mean(pairs), "one batch and four": np.mean(few)})
+            one, four = (
+                {seed: gain for (name, batches, seed), gain in gains.items() if (name, batches) == (task, count)}
+                for count in (1, 4)
+            )
+            pairs = [spearmanr(a, b).statistic for a, b in itertools.combinations(four.values(), 2)]
+            few = [spearmanr(one[a], four[b]).statistic for a, b in itertools.permutations(four, 2)]
+            rows.append({"task": task, "four batches": np.mean(pairs), "one batch and four": np.mean(few)})
         return pd.DataFrame(rows).set_index("task")
 
 
