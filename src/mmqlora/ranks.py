@@ -58,8 +58,9 @@ class Budget:
 
     Args:
         parameters: trained parameters.
-        bytes: bytes of adapters, gradients and optimizer states, and of the activations that are kept for them, with
-            batches like the first of the calibration.
+        bytes: bytes of adapters, gradients and optimizer states, and of the activations that the frozen model keeps for
+            them, with batches like the first of the calibration. What adapters keep themselves, their inputs, comes on
+            top, as it depends on how they are trained; ``gpu`` counts that too.
         gpu: a name in `GPUS`, or bytes of a card: a step on such a batch fits it, with the frozen model, by `plan`.
         optimizer: "adamw_torch" (16 bytes a parameter) or "paged_adamw_8bit" (10.03).
     """
