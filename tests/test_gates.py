@@ -21,7 +21,7 @@ from torch import nn
 import mmqlora as mm
 from mmqlora import benchmark
 from mmqlora.errors import GateError, SignalError, TimelineError
-from mmqlora.gates import TemporalLoraConfig, explain
+from mmqlora.gates import PARTS, TemporalLoraConfig, explain
 from mmqlora.records import read_records
 from mmqlora.signals import audio_signals, video_signals
 from mmqlora.timeline import FAMILIES, Family, Frames, Nothing, Positions, family, frames, mel, timekeeper
@@ -116,6 +116,26 @@ def test_against_a_reference(kind, settings):
     for item in range(2):
         expected = by_the_formula(layer, rows[item].numpy(), phi[item].double().numpy(), names)
         np.testing.assert_allclose(found[item].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_over_eight_bits_and_in_sixteen(autocast):
+    task = benchmark.task("audio/timbre")
+    given = task.collate([task.train(0)[i] for i in range(2)])
+    losses = []
+    for moved in (None, False, True):
+        model = task.load()
+        mm.quantize(model, "int8")
+        if moved is not None:
+            model = get_peft_model(model, TemporalLoraConfig(r=4, target_modules=linears(model), **ALL)).eval()
+            if moved:
+                move(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(model(**given).loss)
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[1], losses[2]) and losses[2].isfinite()
+    losses[2].backward()
+    gates = [p for n, p in model.named_parameters() if any(part in n for part in PARTS)]
+    assert gates and all(p.grad.isfinite().all() and p.grad.any() for p in gates)
 
 
 def test_words_are_plain_lora():
