@@ -71,7 +71,7 @@ class Results:
         means = long.pivot_table("share", "task", ["method", "budget"])
         table = means["gradient"].add_prefix("budget ")
         table["uniform"] = means["uniform"].mean(axis=1)
-        return table.loc[list(itertools.chain(*TASKS.values()))]
+        return table.rename_axis(columns=None).loc[list(itertools.chain(*TASKS.values()))]
 
     def stability(self) -> pd.DataFrame:
         """Spearman's correlation of the Linears' expected gains from other items: of four batches, and of one and four.
