@@ -44,7 +44,7 @@ FILES: dict[str, tuple[str, str]] = {
     "temporal_speech": ("Temporal adapters on speech", "python -m experiments.temporal_speech"),
     "temporal_speech_tuning": ("Their learning rates", "python -m experiments.temporal_speech --tune"),
     "signals_cost": ("Signals beside decoding", "python -m experiments.temporal_cost --signals"),
-    "peft_suite": ("PEFT's own tests, with gates", "python tests/peft_suite.py PEFT"),
+    "peft_suite": ("PEFT's own tests, with gates", "python peft_suite.py PEFT (in tests/)"),
     "conformance": ("Architectures and what gates do on them", "python conformance.py (in tests/)"),
     "ranks": ("Where the rank goes, and where A starts", "python -m experiments.ranks"),
     "ranks_tuning": ("Learning rates of the ranks", "python -m experiments.ranks --tune"),
