@@ -169,7 +169,7 @@ def padded_batches(name: str) -> str | None:
     asked = [{"sizes": (4, 2)}] if name in UNEQUAL and name != "CLIP" else []
     asked += [{"mixed": True}, {"mixed": True, "sizes": (4, 0)}] if name in MIXED else []
     if not asked:
-        return "takes clips of one length only"
+        return "clip_frames is one number for all" if name == "CLIP" else "takes clips of one length only"
     model = adapted(name)
     for request in asked:
         _check_rows(name, model, batch(name, **request))

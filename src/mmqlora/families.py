@@ -72,7 +72,7 @@ def _moonshine(config: Any, **_: Any) -> Family:
 
 @family("wav2vec2", "wav2vec2-conformer", "hubert", "wavlm")
 def _wav2vec2(config: Any, **_: Any) -> Family:
-    place = Nothing("distances between positions, not positions")
+    place = Nothing(why="distances between positions, not positions")
     return Family(
         {"audio": waves(math.prod(config.conv_stride))}, [(r".*\.linear_pos$", place), ("", Positions(AUDIO))]
     )
@@ -83,20 +83,20 @@ def _ast(config: Any, **_: Any) -> Family:
     steps = (config.max_length - config.patch_size) // config.time_stride + 1
     heard = Positions(AUDIO, steps=steps, before=2, inner=True)
     return Family(
-        {"audio": mel("input_values", bands=2)}, [(r"(?!classifier)", heard), ("", Nothing("the pooled clip"))]
+        {"audio": mel("input_values", bands=2)}, [(r"(?!classifier)", heard), ("", Nothing(why="the pooled clip"))]
     )
 
 
 @family("clap")
 def _clap(config: Any, **_: Any) -> Family:
     audio = config.audio_config
-    windows = Nothing("windows of an image into which time is folded")
+    windows = Nothing(why="windows of an image into which time is folded")
     return Family(
         {"audio": mel(bands=3)},
         [
             (r"audio_model\..*\.(attention\.|downsample\.)", windows),
             (r"audio_model\.", Folded(AUDIO, pieces=audio.spec_size // audio.num_mel_bins)),
-            (r"audio_projection\.", Nothing("the pooled clip")),
+            (r"audio_projection\.", Nothing(why="the pooled clip")),
             ("", TEXT),
         ],
         entries=["audio_model"],
@@ -124,7 +124,7 @@ def _tubelets(config: Any, **_: Any) -> Family:
     tubelet = config.tubelet_size
     plain = config.model_type == "videomae"
     seen = Positions(VIDEO, stride=tubelet if plain else tubelet[0], before=0 if plain else 1)
-    return Family({"video": frames()}, [(r"(?!classifier|.*pooler)", seen), ("", Nothing("the pooled clip"))])
+    return Family({"video": frames()}, [(r"(?!classifier|.*pooler)", seen), ("", Nothing(why="the pooled clip"))])
 
 
 @family("timesformer")
@@ -137,7 +137,7 @@ def _timesformer(config: Any, **_: Any) -> Family:
             (block + r"temporal_attention\.", Series(VIDEO)),
             (block + "temporal_dense", Positions(VIDEO, stride=1, inner=True)),
             (block, Positions(VIDEO, stride=1, before=1, inner=True)),
-            ("", Nothing("the pooled clip")),
+            ("", Nothing(why="the pooled clip")),
         ],
     )
 
@@ -161,7 +161,7 @@ def _xclip(config: Any, **_: Any) -> Family:
             (r"vision_model\..*\.message_attn\.", across),
             (r"(vision_model|visual_projection)\b", Frames(VIDEO)),
             (r"mit\.", across),
-            (r"prompts_generator\.", Nothing("words, and patches that are averaged over the frames")),
+            (r"prompts_generator\.", Nothing(why="words, and patches that are averaged over the frames")),
             ("", TEXT),
         ],
         methods=["get_video_features"],
@@ -189,7 +189,7 @@ def _pe_video(config: Any, **_: Any) -> Family:
 def _pe_audio_video(config: Any, **_: Any) -> Family:
     inside = "audio_video_encoder.embedder."
     dac = config.audio_video_config.audio_config.dac_config
-    other = Nothing("a model that this one does not call")
+    other = Nothing(why="a model that this one does not call")
     return Family(
         {
             "video": frames("pixel_values_videos"),
@@ -271,7 +271,7 @@ def _llava_video(config: Any, **_: Any) -> Family:
         towers, images = towers[1:], "pixel_values_images"
         rules = [
             (r"model\.video_tower\.", Frames(VIDEO)),
-            (r"model\.image_tower\.", Nothing("images")),
+            (r"model\.image_tower\.", Nothing(why="images")),
             rules[1],
         ]
     return Family(
@@ -365,7 +365,7 @@ def _omni(config: Any, **_: Any) -> Family:
         (r"model\.audio_tower\.", Joined(AUDIO, rows=_half)),
     ]
     if config.model_type == "qwen3_omni_moe_thinker":
-        chunks = Nothing("chunks of 100 frames, padded")
+        chunks = Nothing(why="chunks of 100 frames, padded")
         heard = [(r"model\.audio_tower\.conv_out$", chunks), (r"model\.audio_tower\.", Joined(AUDIO, rows=_eighth))]
     ids, merge = (_id(config, "video"), _id(config, "audio")), config.vision_config.spatial_merge_size**2
     return Family(
@@ -391,9 +391,9 @@ def _gemma3n(config: Any, **_: Any) -> Family:
         {"video": frames(token=ids[0]), "audio": mel(bands=2, mask="input_features_mask")},
         [
             (r"model\.vision_tower\.", Frames(VIDEO)),
-            (r"model\.audio_tower\..*\.pos_proj$", Nothing("distances between positions, not positions")),
+            (r"model\.audio_tower\..*\.pos_proj$", Nothing(why="distances between positions, not positions")),
             (r"model\.audio_tower\.", Positions(AUDIO)),
-            (r"model\.embed_(vision|audio)\.", Nothing("also called for tokens that stand for no frame")),
+            (r"model\.embed_(vision|audio)\.", Nothing(why="also called for tokens that stand for no frame")),
             # As many tokens for every sound, most of which stand for nothing in a short one.
             (
                 r"model\.language_model\.",
@@ -421,7 +421,7 @@ def _gemma4(config: Any, **_: Any) -> Family:
         [
             (r"model\.vision_tower\.", Frames(SEEN, towers[0])),
             (r"model\.embed_vision\.", Frames(SEEN, towers[1], flat=True)),
-            (r"model\.audio_tower\..*\.relative_k_proj$", Nothing("distances between positions, not positions")),
+            (r"model\.audio_tower\..*\.relative_k_proj$", Nothing(why="distances between positions, not positions")),
             (r"model\.(audio_tower|embed_audio)\.", Positions(AUDIO)),
             (r"model\.language_model\.", Tokens(BOTH, ids=ids, runs=AUDIO)),
             ("lm_head", TEXT),
