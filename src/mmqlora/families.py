@@ -161,7 +161,10 @@ def _xclip(config: Any, **_: Any) -> Family:
             (r"vision_model\..*\.message_attn\.", across),
             (r"(vision_model|visual_projection)\b", Frames(VIDEO)),
             (r"mit\.", across),
-            (r"prompts_generator\.", Nothing(why="words, and patches that are averaged over the frames")),
+            (
+                r"prompts_generator\.",
+                Nothing(why="in the generator of prompts: words, and patches that are averaged over the frames"),
+            ),
             ("", TEXT),
         ],
         methods=["get_video_features"],
@@ -271,7 +274,7 @@ def _llava_video(config: Any, **_: Any) -> Family:
         towers, images = towers[1:], "pixel_values_images"
         rules = [
             (r"model\.video_tower\.", Frames(VIDEO)),
-            (r"model\.image_tower\.", Nothing(why="images")),
+            (r"model\.image_tower\.", Nothing(why="in the tower for images")),
             rules[1],
         ]
     return Family(
