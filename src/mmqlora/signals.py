@@ -443,7 +443,7 @@ def _residuals(x: Tensor, clips: _Clips) -> tuple[Tensor, Tensor]:
     residual = after - gain / (before.square().mean(-1, keepdim=True) + ridge) * before
     # Half of the cells of a frame hardly change even when something moves, and some frames hardly do: what they change
     # by is noise. In a clip that never rests a low quantile takes the least motion for noise, not all of it.
-    middle = 1.4826 * residual.abs().sort(-1).values[..., residual.shape[-1] // 2]
+    middle = 1.4826 * residual.abs().kthvalue(residual.shape[-1] // 2 + 1).values
     return residual, clips.quantile(middle, clips.later[:, 1:], 0.25).clamp(max=LOUDEST)
 
 
