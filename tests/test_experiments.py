@@ -58,6 +58,17 @@ def test_temporal_arms_run_at_the_rate_that_the_rule_chose(module):
         assert config["learning_rate"] == rates[key]
 
 
+def test_ranks_run_at_the_rate_that_the_rule_chose_with_equal_parameters():
+    rates, trained = ranks.rates(), {}
+    for record in read_records(ranks.RECORDS / "ranks.jsonl"):
+        task, arm, budget = (record["config"][name] for name in ("task", "arm", "budget"))
+        assert record["config"]["learning_rate"] == rates[task.split("/")[0], arm, budget]
+        if arm != "AdaLoRA":  # which has more at the start
+            trained.setdefault((task, budget), {})[arm] = record["parameters"]["trainable"]
+    for found in trained.values():
+        assert all(0.99 * found["uniform"] < count <= found["uniform"] for count in found.values())
+
+
 def test_shuffled_signals_stay_within_their_clip_and_leave_padding_alone():
     valid = torch.arange(30) < torch.tensor([[30], [7], [1]])
     signals = torch.arange(90.0).view(3, 30, 1) * valid[..., None]
