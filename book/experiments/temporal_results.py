@@ -62,13 +62,15 @@ class Results:
         return found[0]["metrics"][primary(task)]
 
     def table(self, task: str) -> pd.DataFrame:
-        """Means over seeds, by arm."""
-        measures = dict.fromkeys([primary(task), PLAIN.get(task.split("/")[0], primary(task))])
+        """Means over seeds, by arm: of the primary score and, where there is one, of the stricter one."""
+        measures = {"score": primary(task)}
+        if strict := PLAIN.get(task.split("/")[0]):
+            measures["strict score"] = strict
         rows = []
         for arm in ARMS:
             if arm in self.whole(task):
                 runs = self.of(task, arm)
-                means = {measure: np.mean([r["metrics"][measure] for r in runs]) for measure in measures}
+                means = {name: np.mean([r["metrics"][measure] for r in runs]) for name, measure in measures.items()}
                 rate, trained = runs[0]["config"]["learning_rate"], runs[0]["parameters"]["trainable"]
                 rows.append({"arm": arm, **means, "parameters": trained, "learning rate": rate, "seeds": len(runs)})
         return pd.DataFrame(rows)
