@@ -14,7 +14,7 @@ import mmqlora as mm
 from mmqlora.errors import GateError, TimelineError
 from mmqlora.gates import TemporalLoraConfig
 from mmqlora.regions import regions
-from mmqlora.timeline import FAMILIES, Clock, Frames, Positions, Stream, timekeeper
+from mmqlora.timeline import FAMILIES, Clock, Frames, Nothing, Positions, Stream, timekeeper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,6 +26,7 @@ def test_every_linear_of_every_family_has_a_rule():
         if model.config.model_type in FAMILIES:
             family = FAMILIES[model.config.model_type](model.config, clip_frames=4)
             assert not [linear for linear in regions(model) if family.rule(linear) is None], name
+            assert not [rule for _, rule in family.rules if isinstance(rule, Nothing) and rule.streams], name
 
 
 def test_towers_outside_a_forward_pass_are_refused():
