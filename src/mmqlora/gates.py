@@ -80,8 +80,8 @@ class TemporalLoraConfig(LoraConfig):
     Args:
         signals: names in `signals.SIGNALS`, or one name.
         gate: open and close the ranks by the signals.
-        hidden: open and close them by the step's mean bottleneck state as well. It scored best in the book's
-            experiment, for a little more time.
+        hidden: open and close them by the step's mean bottleneck state as well. It scored best on the book's clips, for
+            a little more time.
         shift: add the signals to the bottleneck.
         kernel: width of a convolution over the steps, an odd number; 0 for none.
         gate_scale: c, by which the learning rate of the gates exceeds that of the rest.
