@@ -73,7 +73,7 @@ SIGNALS = MappingProxyType(
 
 RECENT = 8  # steps of the past that novelty, keyframes and onsets look at
 SIDE = 8  # cells of a thumbnail's side
-SAMPLES = 4  # fewest pixels of a large cell's side that are looked at: a mean of 16 hardly gains from more
+SAMPLES = 8  # fewest pixels of a large cell's side that are looked at: a mean of 64 hardly gains from more
 FLAT = 1e-5  # a clip with less contrast, relative to its largest value, holds nothing but rounding
 LOUDEST = 0.25  # noise takes at most this share of the contrast; where all frames are unlike, it's no noise
 STILL = 1e-3  # changes below this share of the clip's contrast are none: 1 level of 1 pixel in a cell of 4 x 4
@@ -179,7 +179,7 @@ def thumbnails(frames: Tensor, side: int = SIDE) -> Tensor:
 
     Args:
         frames: (B, T, C, H, W), any real dtype.
-        side: cells of a side. Of a cell of 8 x 8 pixels and more every other one is read, or fewer, down to 4 x 4.
+        side: cells of a side. Of a cell of 16 x 16 pixels and more every other one is read, or fewer, down to 8 x 8.
 
     Returns:
         (B, T, C * side * side) float32, the mean of each cell.
