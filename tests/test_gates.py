@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,10 +439,48 @@ def test_settings_that_make_no_sense(settings, error, message):
         TemporalLoraConfig(target_modules="all-linear", **settings)
 
 
-def test_adapters_can_be_neither_mixed_nor_added_up(whisper):
+def mixing(name: str, quantize: bool = True) -> PeftModel:
+    """A model with three adapters, which PEFT can mix where the first dimension is the items; towers get frames."""
+    model = build(name, quantize)
+    targets = linears(model) if name != "SmolVLM" else r".*text_model\.layers\..*_proj"
+    model = get_peft_model(model, TemporalLoraConfig(r=4, target_modules=targets, **ALL)).eval()
+    model.add_adapter("other", TemporalLoraConfig(r=3, target_modules=targets, signals=("energy", "motion")))
+    model.add_adapter("third", TemporalLoraConfig(r=2, target_modules=targets, gate=False, kernel=3))
+    move(model, scale=0.2)
+    return model
+
+
+MIXED = ["third", "other", "__base__", "default", "other"]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("name", ["Whisper", "wav2vec2 CTC", "SmolVLM"])
+def test_adapters_mixed_in_a_batch(name, quantize):
+    model, given = mixing(name, quantize), batch(name, sizes=(4,) * 5).inputs
+    with torch.no_grad():
+        mixed = model(**given, adapter_names=MIXED).logits
+        for row, adapter in enumerate(MIXED):
+            model.set_adapter("default" if adapter == "__base__" else adapter)
+            with model.disable_adapter() if adapter == "__base__" else nullcontext():
+                torch.testing.assert_close(mixed[row], model(**given).logits[row], atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(**given).logits, model(**given, adapter_names=["other"] * 5).logits)
+
+
+def test_adapters_mixed_in_a_batch_that_generates():
+    model, given = mixing("Whisper"), {"input_features": batch("Whisper", sizes=(4,) * 5).inputs["input_features"]}
+    options = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False}
+    mixed, alone = model.generate(**given, **options, adapter_names=MIXED), {}
+    for adapter in ("default", "other", "third"):
+        model.set_adapter(adapter)
+        alone[adapter] = model.generate(**given, **options)
+    with model.disable_adapter():
+        alone["__base__"] = model.generate(**given, **options)
+    assert mixed.tolist() == [alone[adapter][row].tolist() for row, adapter in enumerate(MIXED)]
+    assert len({str(said[0].tolist()) for said in alone.values()}) == 4
+
+
+def test_updates_of_gates_are_not_added_up(whisper):
     model = adapted("Whisper", moved=True)
-    with pytest.raises(GateError, match="adapter_names"):
-        model(**whisper, adapter_names=["default", "__base__"])
     with pytest.raises(GateError, match="added up"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 

@@ -159,7 +159,11 @@ class TemporalLora(LoraVariant):
     ) -> torch.Tensor:
         """The formula above."""
         config, adapter, clock = self.config, active_adapter, self.keeper.clock
-        place = clock.place(self.rule, self.name, x.shape)
+        if (own := self.keeper.own(adapter, len(x))) is None:
+            place = clock.place(self.rule, self.name, x.shape)
+        else:
+            whole = (len(own), *x.shape[1:])
+            place = clock.place(self.rule, self.name, whole).part(own.to(x.device), whole)
         h = module.lora_A[adapter](module.lora_dropout[adapter](x))
         new = h
         mean = place.mean(h) if config.hidden or config.kernel else None
@@ -325,10 +329,15 @@ class TemporalLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise GateError("adapter_names mixes adapters in a batch, which gates over time don't support")
+        keeper = self.model.__dict__.get("_mmqlora_time")
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
+            if keeper is not None:
+                keeper.adapters = kwargs.get("adapter_names")
+            try:
+                yield
+            finally:
+                if keeper is not None:
+                    keeper.adapters = None
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refused once a gate has moved: a weighted sum of updates that depend on the input is not of their kind."""

@@ -139,6 +139,17 @@ class Placement:
         """Signals of the steps, (N, m) without an index, and with one (N + 1, m), the last row that of no time."""
         return self.level.signals[:-1] if self.index is None else self.level.signals
 
+    def part(self, own: torch.Tensor, shape: Sequence[int]) -> Placement:
+        """Of some entries of the input's first dimension.
+
+        Args:
+            own: (entries,) bool.
+            shape: of the whole input.
+        """
+        if self.index is None:
+            return Placement(self.level, own.nonzero().view(-1, *[1] * (len(shape) - 2)))
+        return Placement(self.level, self.index.expand(shape[:-1])[own])
+
     def padded(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all steps, (N, R), with a row of zeros for what has no time, where there is such."""
         return values if self.index is None else nn.functional.pad(values, (0, 0, 0, 1))
@@ -779,6 +790,7 @@ class Timekeeper:
         self.names: tuple[str, ...] = ()  # signals that are read
         self.clock = Clock({})
         self.groups: dict[Any, list[nn.Module]] = {}  # layers by adapter and rule
+        self.adapters: Sequence[str] | None = None  # of each item, where a batch mixes them
         self.record: list[Any] | None = None  # where layers leave what they did, when somebody asks
         self._inside = 0  # forward passes that are under way, the model's or an entry's
         self._around: Clock | None = None  # of the call of `generate` that is under way
@@ -829,6 +841,18 @@ class Timekeeper:
         for block in self._blocks:
             if isinstance(function := block.__dict__.get("_gradient_checkpointing_func"), _Remembering):
                 block._gradient_checkpointing_func = function.function
+
+    def own(self, adapter: str, count: int) -> torch.Tensor | None:
+        """Which entries of a batch are an adapter's, (entries,) bool; None where they all are.
+
+        Args:
+            adapter: its name.
+            count: how many are; a multiple where beams repeat each item.
+        """
+        if self.adapters is None:
+            return None
+        own = torch.tensor([name == adapter for name in self.adapters])
+        return own.repeat_interleave(count // int(own.sum()))
 
     def want(self, names: Sequence[str]) -> None:
         """Read these signals, too."""
