@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -282,6 +283,10 @@ def test_an_arm_counts_with_all_its_seeds():
     last = [record for record in records if (record["config"]["arm"], record["seed"]) != ("EVA", 6)]
     assert "EVA" in Scores(records).table("audio/timbre").index
     assert "EVA" not in Scores(last).table("audio/timbre").index and Scores(last).aim().empty
-    assert "47 of 732 runs" in Scores(last).progress() and Scores([]).tasks == []
+    assert "47 of 780 runs" in Scores(last).progress() and Scores([]).tasks == []
     without = [record for record in records if record["config"]["arm"] != "uniform"]
     assert Scores(without).tasks == []
+    spoken = copy.deepcopy(records)  # the records of speech have no task
+    for record in spoken:
+        del record["config"]["task"]
+    assert Scores([*records, *spoken]).tasks == ["audio/timbre", "speech/voices"]

@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.baselines_results import MARGIN, PLAIN, nothing, primary
-from experiments.ranks import ARMS, BUDGETS, EVERY, MAIN, RECORDS, SEEDS, TASKS, cells
+from experiments.ablations import SPEECH, primary
+from experiments.baselines_results import MARGIN, PLAIN, nothing
+from experiments.ranks import ARMS, BUDGETS, EVERY, MAIN, RECORDS, SCORED, SEEDS, TASKS, cells
 from mmqlora.comparisons import Comparison, compare
 from mmqlora.records import read_records
 
+PANELS = {model: TASKS[model] for model in SCORED} | {"Whisper": (SPEECH,)}
 SHIFTS = {"tower": "#0173b2", "words": "#d55e00", "both": "#029e73", "none": "#949494"}  # what a task has changed
 OURS = "gradient, spectral start"
 RIVALS = ("uniform", "EVA", "AdaLoRA")
@@ -32,14 +34,14 @@ class Scores:
     """
 
     def __init__(self, records: Sequence[dict[str, Any]] | None = None) -> None:
-        path = RECORDS / "ranks.jsonl"
         if records is None:
-            records = read_records(path) if path.exists() else []
-        self.found, self.wanted = len(records), len(cells()) * len(SEEDS)
+            paths = (RECORDS / "ranks.jsonl", RECORDS / "ranks_speech.jsonl")
+            records = [record for path in paths if path.exists() for record in read_records(path)]
+        self.found, self.wanted = len(records), (len(cells()) + len(MAIN)) * len(SEEDS)
         runs: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]] = {}
         for record in records:
-            task, budget, arm = (record["config"][name] for name in ("task", "budget", "arm"))
-            runs.setdefault((task, budget), {}).setdefault(arm, {})[record["seed"]] = record
+            task, config = record["config"].get("task", SPEECH), record["config"]
+            runs.setdefault((task, config["budget"]), {}).setdefault(config["arm"], {})[record["seed"]] = record
         # An arm counts once it has all its seeds, and a task once there is something to compare with.
         self.cells = {
             cell: {arm: [own[arm][seed] for seed in SEEDS] for arm in ARMS if set(SEEDS) <= own.get(arm, {}).keys()}
@@ -50,7 +52,7 @@ class Scores:
     @property
     def tasks(self) -> list[str]:
         """Those that have arms to compare at the smallest budget."""
-        return [task for task in itertools.chain(*TASKS.values()) if (task, BUDGETS[0]) in self.cells]
+        return [task for task in itertools.chain(*PANELS.values()) if (task, BUDGETS[0]) in self.cells]
 
     def progress(self) -> str:
         """What is there, in a sentence."""
@@ -59,7 +61,7 @@ class Scores:
         whole = sum(map(len, self.cells.values()))
         return (
             f"**This experiment is not finished**: {self.found} of {self.wanted} runs are there, and {whole} of its "
-            f"{len(cells())} cells have {len(SEEDS)} seeds; the others are not shown."
+            f"{self.wanted // len(SEEDS)} cells have {len(SEEDS)} seeds; the others are not shown."
         )
 
     def said(self) -> str:
@@ -146,13 +148,13 @@ class Scores:
 
     def plot(self) -> Figure:
         """What every main arm gains over uniform ranks and a random start: a panel a model, a color a kind of shift."""
-        models = [model for model, tasks in TASKS.items() if set(tasks) & set(self.tasks)]
+        models = [model for model, tasks in PANELS.items() if set(tasks) & set(self.tasks)]
         if not models:
             return nothing()
         arms = [arm for arm in MAIN if arm != "uniform"]
         figure, panels = plt.subplots(len(models), 1, figsize=(7.2, 0.8 + 2.9 * len(models)), squeeze=False)
         for axes, model in zip(panels[:, 0], models, strict=True):
-            tasks = [task for task in TASKS[model] if task in self.tasks]
+            tasks = [task for task in PANELS[model] if task in self.tasks]
             axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.93", zorder=0)
             axes.axvline(0, color="0.4", lw=1)
             for number, task in enumerate(tasks):
@@ -218,7 +220,9 @@ class Scores:
 def _kind(task: str) -> str:
     """What a task has changed."""
     shift = task.split("/")[1]
-    return "both" if "+" in shift else "none" if shift == "none" else "words" if "words" in shift else "tower"
+    if "+" in shift or task == SPEECH:
+        return "both"
+    return "none" if shift == "none" else "words" if "words" in shift else "tower"
 
 
 def _changed(task: str) -> str:

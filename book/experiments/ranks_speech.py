@@ -53,9 +53,10 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def rates() -> dict[str, float]:
-    """The learning rate of each arm."""
+    """The learning rate of each arm whose sweep is finished."""
     tried = tuning.tried(RECORDS / "ranks_speech_tuning.jsonl", temporal_speech.score)
-    return {json.loads(key)["arm"]: max(scores, key=scores.get) for key, scores in tried.items()}
+    done = {key: scores for key, scores in tried.items() if not tuning.wanted(scores, MIDDLE)}
+    return {json.loads(key)["arm"]: max(scores, key=scores.get) for key, scores in done.items()}
 
 
 def main() -> None:
