@@ -485,6 +485,12 @@ def test_updates_of_gates_are_not_added_up(whisper):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
+def test_a_number_of_frames_that_nothing_reads_is_refused():
+    model = build("Whisper")
+    with pytest.raises(TimelineError, match="clip_frames=4"):
+        get_peft_model(model, config("Whisper", model, clip_frames=4))
+
+
 def test_a_tower_that_sees_one_frame_at_a_time_has_no_neighbors():
     model = build("GIT")
     with pytest.raises(GateError, match="one frame at a time"):

@@ -1019,6 +1019,11 @@ def timekeeper(model: nn.Module, clip_frames: int | None = None) -> Timekeeper:
                 f"{getattr(config, 'model_type', None)!r}. Known are {', '.join(sorted(FAMILIES))}; add another with "
                 "mmqlora.timeline.family."
             )
+        if clip_frames is not None and "clip_frames" not in inspect.signature(make).parameters:
+            raise TimelineError(
+                f"clip_frames={clip_frames}, but models of type {config.model_type!r} get clips with a dimension for "
+                "frames, or say where one ends; leave it out."
+            )
         keeper = model.__dict__["_mmqlora_time"] = Timekeeper(model, make(config, clip_frames=clip_frames))
         keeper.clip_frames = clip_frames
     elif clip_frames not in (None, keeper.clip_frames):
