@@ -31,6 +31,7 @@ from mmqlora.calibration import Calibration, calibrate
 from mmqlora.grids import run_grid
 from mmqlora.ranks import Budget, Ranks, allocate_ranks
 from mmqlora.records import read_records
+from mmqlora.regions import regions
 
 RECORDS = Path(__file__).parent.parent / "records"
 # What a shift touches: vision or audio alone, text alone, both, nothing.
@@ -119,7 +120,7 @@ def build(
     seed: int,
     steps: int,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The adapted model of an arm, and the share of its parameters in each region.
+    """The adapted model of an arm, and the share of its parameters in each region; AdaLoRA's is known at the end.
 
     `load` gives the base model in 16 bits, and with ``quant_type="nf4"`` in four; `batches` are for calibration.
     """
@@ -148,6 +149,16 @@ def build(
     return adapted, shares
 
 
+def kept(model: nn.Module) -> dict[str, float]:
+    """The share of parameters in each region of the ranks that AdaLoRA has not pruned."""
+    counts: dict[str, int] = {}
+    for row in regions(model).rows:
+        layer = model.get_base_model().get_submodule(row.name)
+        for values in getattr(layer, "lora_E", {}).values():
+            counts[row.region] = counts.get(row.region, 0) + int(values.count_nonzero()) * sum(row.shape)
+    return {f"share {region}": count / sum(counts.values()) for region, count in counts.items()}
+
+
 def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run of the grid."""
     task = benchmark.task(config["task"])
@@ -157,7 +168,7 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     judge = task.judge(config.get("validation", False))
 
     def judged(trained: nn.Module) -> dict[str, Any]:
-        return {**judge(trained), **shares}
+        return {**judge(trained), **(shares or kept(trained))}
 
     about = {"experiment": "ranks", "config": config, "seed": seed}
     return run_on(task, model, train, judged, **about, callbacks=methods.callbacks(model))

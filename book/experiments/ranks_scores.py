@@ -231,7 +231,7 @@ def _changed(task: str) -> str:
 
 
 def _share(task: str, runs: Sequence[dict[str, Any]]) -> float:
-    """Of the parameters, in the region that the task has changed; AdaLoRA's moves while it runs, and is not known."""
+    """Of the parameters, in the region that the task has changed; AdaLoRA's are those that it has not pruned."""
     return float(np.mean([run["metrics"].get(f"share {_changed(task)}", np.nan) for run in runs]))
 
 
