@@ -7,8 +7,8 @@
 All arms adapt the 4-bit base of a task with LoRA and train the same number of parameters: as many as uniform ranks of
 `BUDGETS` have. AdaLoRA has half as many again at the start, and prunes ranks down to the budget. Every arm runs at
 every budget on the task `EVERY`; the main arms, those of `MAIN`, run at the smallest budget on all tasks of the models
-in `SCORED`. Each main arm has its learning rate chosen by the same rule for each model and budget, on the model's first
-task, and keeps it on the others; the rest, which are controls, keep that of the smallest budget.
+in `SCORED`. Each main arm has its learning rate chosen by the same rule for each budget on the tasks of `TUNED`; on the
+other tasks of a model it keeps that of the first. The rest, which are controls, keep that of the smallest budget.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ TASKS = {
     "retrieval": ("retrieval/palette", "retrieval/words", "retrieval/none"),
 }
 SCORED = ("video", "audio")  # the models that are trained; of the third, where the rank goes is all that is measured
+TUNED = ("video/palette", "video/words 0.5", "audio/timbre", "audio/words")  # a tower alone, text alone
 EVERY = "audio/timbre"  # of the model that trains quickest
 SEEDS = range(1, 7)
 BUDGETS = (2, 4, 16)  # uniform ranks
@@ -175,15 +176,18 @@ def run(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def rates() -> dict[tuple[str, str, int], float]:
-    """The learning rate of each arm whose sweep is finished, by model and budget."""
-    found = {}
+    """The learning rate of every cell whose sweep is finished: by task, arm and budget."""
+    best = {}
     for key, scores in tuning.tried(RECORDS / "ranks_tuning.jsonl", score).items():
-        if tuning.wanted(scores, MIDDLE):
-            continue  # its sweep is not finished
-        config = json.loads(key)
-        model, arm, budget = config["task"].split("/")[0], config["arm"], config["budget"]
-        for own in (budget,) if arm in MAIN else BUDGETS:
-            found[model, arm, own] = max(scores, key=scores.get)
+        if not tuning.wanted(scores, MIDDLE):
+            config = json.loads(key)
+            best[config["task"], config["arm"], config["budget"]] = max(scores, key=scores.get)
+    found = {}
+    for task, arm, budget in cells():
+        tuned = task if task in TUNED else TASKS[task.split("/")[0]][0]
+        key = tuned, arm, budget if arm in MAIN else BUDGETS[0]
+        if key in best:
+            found[task, arm, budget] = best[key]
     return found
 
 
@@ -216,16 +220,16 @@ def main() -> None:
         configs = [
             ({"task": task, "arm": arm, "budget": budget, "validation": True}, MIDDLE)
             for task, arm, budget in chosen
-            if task == TASKS[task.split("/")[0]][0] and (arm in MAIN or budget == BUDGETS[0])
+            if task in TUNED and (arm in MAIN or budget == BUDGETS[0])
         ]
         tuning.tune("experiments.ranks:run", configs, RECORDS / "ranks_tuning.jsonl", score, **options)
         return
     rate = rates()
-    known = [cell for cell in chosen if (cell[0].split("/")[0], *cell[1:]) in rate]
     runs = [
-        ({"task": t, "arm": a, "budget": b, "learning_rate": rate[t.split("/")[0], a, b]}, seed)
+        ({"task": task, "arm": arm, "budget": budget, "learning_rate": rate[task, arm, budget]}, seed)
         for seed in SEEDS
-        for t, a, b in known
+        for task, arm, budget in chosen
+        if (task, arm, budget) in rate
     ]
     grid = run_grid("experiments.ranks:run", runs, RECORDS / "ranks.jsonl", **options)
     for failure in grid.failures:
