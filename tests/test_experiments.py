@@ -265,6 +265,7 @@ def test_ranks_and_start_are_told_apart():
         assert found[f"whitened ranks, {start} start"] == pytest.approx(0, abs=0.2)
     for name in ("uniform", "gradient", "whitened"):
         assert found[f"spectral start, {name} ranks"] == pytest.approx(2, abs=0.2)
+    assert found["gradient ranks and spectral start, over neither"] == pytest.approx(5, abs=0.2)
     aim = scores.aim().set_index("measure")
     assert set(aim.index) == set(AIM) and set(aim["best of the others"]) == {"EVA"} and set(aim["reached"]) == {"yes"}
     assert aim["gain"].tolist() == pytest.approx([0.04, 0.04], abs=0.003)

@@ -106,7 +106,7 @@ class Scores:
         return pd.DataFrame(rows).rename(columns={"share": f"share of {_changed(task)}"}).set_index("arm")
 
     def crossed(self) -> pd.DataFrame:
-        """In points: what ranks bring over uniform ones with the same start, and a start over a random one."""
+        """In points: what ranks bring over uniform ones with the same start, a start over a random one, and both."""
         pairs = {
             f"{what}, {on}": (arm, other)
             for ranks in ("gradient", "whitened")
@@ -115,6 +115,7 @@ class Scores:
                 (f"{ranks} ranks", "spectral start", f"{ranks}, spectral start", "uniform, spectral start"),
                 ("spectral start", "uniform ranks", "uniform, spectral start", "uniform"),
                 ("spectral start", f"{ranks} ranks", f"{ranks}, spectral start", ranks),
+                (f"{ranks} ranks and spectral start", "over neither", f"{ranks}, spectral start", "uniform"),
             )
         }
         table = pd.DataFrame(index=list(pairs))
