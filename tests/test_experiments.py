@@ -279,6 +279,13 @@ def test_an_aim_is_not_reached_by_less_nor_by_a_loss_that_rises():
     assert set(little["reached"]) == {"no"} and (little["low"] > 0).all()
 
 
+def test_the_control_says_whether_nothing_differs():
+    for gain, verdict in ((0.0, "equivalent within 0.02"), (0.05, "better")):
+        said = Scores(ranks_records(lambda arm, g=gain: g * (arm == OURS), task="audio/none")).control()
+        assert "*audio/none*" in said and said.endswith(f": {verdict}.")
+    assert "no run" in Scores([]).control()
+
+
 def test_an_arm_counts_with_all_its_seeds():
     records = ranks_records(lambda arm: 0.0)
     last = [record for record in records if (record["config"]["arm"], record["seed"]) != ("EVA", 6)]

@@ -23,6 +23,7 @@ SHIFTS = {"tower": "#0173b2", "words": "#d55e00", "both": "#029e73", "none": "#9
 OURS = "gradient, spectral start"
 RIVALS = ("uniform", "EVA", "AdaLoRA")
 AIM = {"exact_match": 0.03, "loss": 0.025}  # over the best rival at the smallest budget; fixed before any run
+UNCHANGED = ("video/none", "audio/none")
 ONE_SIDED = ("video/palette", "video/words 0.5", "audio/timbre", "audio/words")
 
 
@@ -146,6 +147,18 @@ class Scores:
                 rows.append([task, measure, best, gains[best], *ends, least, "yes" if reached else "no"])
         columns = ["task", "measure", "best of the others", "gain", "low", "high", "aim", "reached"]
         return pd.DataFrame(rows, columns=columns)
+
+    def control(self) -> str:
+        """Ranks and start together against uniform ranks where the aim is no difference, in a sentence."""
+        found = []
+        for task, budget in [*((task, BUDGETS[0]) for task in UNCHANGED), (EVERY, BUDGETS[-1])]:
+            if OURS in self.cells.get((task, budget), {}):
+                row = self.against_uniform(task, budget).table.set_index("arm").loc[OURS]
+                found.append(f"on *{task}* with as many parameters as rank {budget} {_points(row)}: {row['verdict']}")
+        return (
+            "Where nothing has changed, and at the largest budget, the aim is no difference from uniform ranks; in "
+            f"points of {primary(EVERY).replace('_', ' ')}, {'; '.join(found) or 'no run of these is there yet'}."
+        )
 
     def plot(self) -> Figure:
         """What every main arm gains over uniform ranks and a random start: a panel a model, a color a kind of shift."""
