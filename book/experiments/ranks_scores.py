@@ -70,14 +70,15 @@ class Scores:
         exact = self.aim().query("measure == 'exact_match'")
         if exact.empty:
             return "**Whether scores follow is not known yet**: no task has six seeds of all that it is compared with."
-        gains = "; ".join(
-            f"on *{row.task}* {100 * row.gain:+.1f} points of exact match ({100 * row.low:+.1f} to "
-            f"{100 * row.high:+.1f})"
-            for row in exact.itertuples()
-        )
+        tasks = []
+        for row in exact.to_dict("records"):
+            over = dict.fromkeys(("uniform", row["best of the others"]))
+            found = [(rival, self.versus(row["task"], OURS, rival, "exact_match")) for rival in over]
+            gains = " and ".join(f"{_points(each)} over {rival}" for rival, each in found)
+            tasks.append(f"on *{row['task']}* {gains}")
         return (
-            "Ranks by gradient with a start along it, against the best of uniform ranks, EVA and AdaLoRA at the "
-            f"smallest budget: {gains}."
+            "Ranks by gradient with a start along it gain, at the smallest budget and in points of exact match, over "
+            f"uniform ranks and over the best of these, EVA and AdaLoRA: {'; '.join(tasks)}."
         )
 
     def versus(self, task: str, arm: str, other: str, measure: str = "") -> pd.Series:
@@ -176,6 +177,8 @@ class Scores:
                 for row in self.against_uniform(task).table.itertuples():
                     if row.arm in arms:
                         y = arms.index(row.arm) + 0.18 * (number - (len(tasks) - 1) / 2)
+                        seeds = 100 * (self._means(task, row.arm) - self._means(task, "uniform"))
+                        axes.plot(seeds, np.full(len(seeds), y), "o", color=color, ms=3.5, alpha=0.5, mew=0)
                         axes.hlines(y, 100 * row.low, 100 * row.high, color=color, lw=2)
                         axes.plot(100 * row.difference, y, "D", color=color, ms=5)
             axes.set_yticks(range(len(arms)), arms)
@@ -186,6 +189,10 @@ class Scores:
             panels[0, 0].plot([], [], "D", color=color, ms=5, label=f"changed: {name}")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
         return figure
+
+    def _means(self, task: str, arm: str) -> np.ndarray:
+        """Primary score of each seed at the smallest budget."""
+        return np.array([run["metrics"][primary(task)] for run in self.cells[task, BUDGETS[0]][arm]])
 
     def plot_shares(self) -> Figure:
         """Score over the share of the region that was changed: a dot an arm, its mean over seeds."""
