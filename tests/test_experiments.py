@@ -270,6 +270,12 @@ def test_ranks_and_start_are_told_apart():
     assert set(aim.index) == set(AIM) and set(aim["best of the others"]) == {"EVA"} and set(aim["reached"]) == {"yes"}
     assert aim["gain"].tolist() == pytest.approx([0.04, 0.04], abs=0.003)
     assert (aim["low"] <= aim["gain"]).all() and (aim["gain"] <= aim["high"]).all()
+    shown = scores.aimed().set_index("measure")
+    assert shown["gain"]["exact match (points)"].startswith("+4.0 (+") and shown["aim"]["exact match (points)"] == "3"
+    assert shown["gain"]["loss (nats)"].startswith("+0.040 (+0.0") and shown["aim"]["loss (nats)"] == "0.025"
+    gains = scores.over_budgets()
+    assert list(gains) == ["budget 2"] and list(gains.index) == [arm for arm in ranks.MAIN if arm != "uniform"]
+    assert float(gains["budget 2"][OURS].split()[0]) == pytest.approx(5, abs=0.2)
 
 
 def test_an_aim_is_not_reached_by_less_nor_by_a_loss_that_rises():

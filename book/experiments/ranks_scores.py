@@ -94,18 +94,31 @@ class Scores:
 
     def table(self, task: str = EVERY, budget: int = BUDGETS[0]) -> pd.DataFrame:
         """One row an arm: scores, share of the region that the task has changed, rate, and verdict against uniform."""
-        rows = []
+        rows = {}
         plain = PLAIN[task.split("/")[0]]
         verdicts = self.against_uniform(task, budget).table.set_index("arm")["verdict"].to_dict()
         for arm, runs in self.cells[task, budget].items():
-            row = {"ranks": ARMS[arm][0], "start": ARMS[arm][1]}
-            for measure in (primary(task), plain, "loss"):
-                if measure in runs[0]["metrics"]:
-                    row[measure] = np.mean([run["metrics"][measure] for run in runs])
-            row["share"] = _share(task, runs)
-            row |= {"learning rate": runs[0]["config"]["learning_rate"], "against uniform": verdicts.get(arm, "")}
-            rows.append({"arm": arm, **row})
-        return pd.DataFrame(rows).rename(columns={"share": f"share of {_changed(task)}"}).set_index("arm")
+            rows[arm] = {
+                measure.replace("_", " "): np.mean([run["metrics"][measure] for run in runs])
+                for measure in dict.fromkeys((primary(task), plain, "loss"))
+                if measure in runs[0]["metrics"]
+            }
+            rows[arm] |= {
+                f"share of {_changed(task)}": _share(task, runs),
+                "learning rate": runs[0]["config"]["learning_rate"],
+                "against uniform": verdicts.get(arm, ""),
+            }
+        return pd.DataFrame(rows.values(), list(rows))
+
+    def over_budgets(self) -> pd.DataFrame:
+        """In points: what every arm gains over uniform ranks on the task of all budgets, a column a budget."""
+        columns = {}
+        for budget in BUDGETS:
+            if (EVERY, budget) in self.cells:
+                rows = self.against_uniform(EVERY, budget).table.set_index("arm")
+                columns[f"budget {budget}"] = {arm: _points(row) for arm, row in rows.iterrows()}
+        arms = [arm for arm in ARMS if any(arm in found for found in columns.values())]
+        return pd.DataFrame(columns, arms).fillna("")
 
     def crossed(self) -> pd.DataFrame:
         """In points: what ranks bring over uniform ones with the same start, a start over a random one, and both."""
@@ -148,6 +161,18 @@ class Scores:
                 rows.append([task, measure, best, gains[best], *ends, least, "yes" if reached else "no"])
         columns = ["task", "measure", "best of the others", "gain", "low", "high", "aim", "reached"]
         return pd.DataFrame(rows, columns=columns)
+
+    def aimed(self) -> pd.DataFrame:
+        """The rows of `aim` for reading: exact match in points, loss in nats."""
+        rows = []
+        for row in self.aim().to_dict("records"):
+            name, unit, digits = ("loss (nats)", 1, 3) if row["measure"] == "loss" else ("exact match (points)", 100, 1)
+            gain, low, high = (f"{unit * row[end]:+.{digits}f}" for end in ("gain", "low", "high"))
+            aim = f"{unit * row['aim']:g}"
+            rows.append(
+                [row["task"], name, row["best of the others"], f"{gain} ({low} to {high})", aim, row["reached"]]
+            )
+        return pd.DataFrame(rows, columns=["task", "measure", "best of the others", "gain", "aim", "reached"])
 
     def control(self) -> str:
         """Ranks and start together against uniform ranks where the aim is no difference, in a sentence."""
@@ -227,6 +252,8 @@ class Scores:
             axes.plot(
                 [*means], [*means.values()], "o-", color=colors.get(arm, "0.85"), label=arm if arm in MAIN else None
             )
+        if any(arm not in MAIN for budget in budgets for arm in self.cells[EVERY, budget]):
+            axes.plot([], [], "o-", color="0.85", label="controls")
         axes.set(
             xscale="log",
             xlabel="budget: as many parameters as uniform ranks of",
